@@ -1,0 +1,165 @@
+"""The data that the engine and its callers share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Protocol
+
+
+@dataclass(slots=True, frozen=True)
+class SamplingParams:
+    """How to choose the next token. Checked by `sampling_params.validate`.
+
+    Order: penalties → temperature → top_k → top_p → min_p → draw. temperature 0 is greedy.
+    """
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0  # (0, 1]
+    top_k: int = 0  # 0: off
+    min_p: float = 0.0  # [0, 1): least probability, relative to the likeliest token's
+    seed: int | None = None
+    repetition_penalty: float = 1.0  # > 0, over prompt and output
+    presence_penalty: float = 0.0  # [-2, 2], over output
+    frequency_penalty: float = 0.0  # [-2, 2], over output
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None  # None: off; n: the chosen token's and the top n
+
+
+@dataclass(slots=True, frozen=True)
+class AdapterKey:
+    """Which adapter version a request runs on: engine and caches go by the digest alone."""
+
+    digest: str
+    label: str  # "tenant/adapter@version", for people and metrics
+
+
+@dataclass(slots=True)
+class Request:
+    """One generation. Token ids are checked by `Engine.submit`."""
+
+    id: str
+    prompt: list[int]
+    sampling: SamplingParams
+    adapter: AdapterKey | None = None
+    deadline: float | None = None  # time.monotonic() seconds
+
+
+class FinishReason(Enum):
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass(slots=True, frozen=True)
+class Logprob:
+    token_id: int
+    logprob: float
+
+
+@dataclass(slots=True, frozen=True)
+class TokenLogprobs:
+    """The chosen token's log-probability, and the top n's, of the model's own distribution
+    (before penalties and temperature)."""
+
+    chosen: Logprob
+    top: tuple[Logprob, ...]
+
+
+@dataclass(slots=True, frozen=True)
+class Usage:
+    prompt_tokens: int
+    cached_tokens: int  # prompt tokens whose KV came from the prefix cache
+    completion_tokens: int
+
+
+@dataclass(slots=True)
+class Delta:
+    """One message of a stream. The last one has finish_reason and usage.
+
+    text never ends within a character; it may lag behind token_ids.
+    """
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+
+
+@dataclass(slots=True, frozen=True)
+class ModelInfo:
+    name: str
+    architecture: str
+    dtype: str
+    device: str
+    kernels: str  # backend and instruction set in use
+    max_context: int
+    vocab_size: int
+    modules: int  # adaptable places
+
+
+class ResidencyState(Enum):
+    LOADING = "loading"
+    RESIDENT = "resident"
+    EVICTED = "evicted"
+    FAILED = "failed"
+
+
+@dataclass(slots=True, frozen=True)
+class Residency:
+    """One adapter's place on the device; also the event sent when it changes."""
+
+    key: AdapterKey
+    state: ResidencyState
+    bytes: int = 0
+    pinned: bool = False
+    in_use: int = 0  # running sequences
+    load_seconds: float = 0.0
+    error: str = ""
+
+
+@dataclass(slots=True, frozen=True)
+class EngineStats:
+    """A snapshot, taken between two steps."""
+
+    waiting: int
+    running: int
+    blocks_total: int
+    blocks_free: int  # prefix-cached blocks that nobody uses count as free
+    pool_bytes: int
+    pool_bytes_used: int
+    slots_total: int
+    slots_used: int
+
+
+@dataclass(slots=True, frozen=True)
+class StepRecord:
+    seconds: float
+    rows: int
+    sequences: int
+    stats: EngineStats
+
+
+@dataclass(slots=True, frozen=True)
+class RequestRecord:
+    """One finished request, whatever its end ("stop", "length", "cancelled", "deadline", "error")."""
+
+    adapter: AdapterKey | None
+    outcome: str
+    usage: Usage
+    queue_seconds: float
+    first_token_seconds: float | None
+    per_token_seconds: float | None  # mean after the first token
+
+
+class Observer(Protocol):
+    """Told what happens; called on the engine's thread, so it must be quick and never raise."""
+
+    def on_step(self, record: StepRecord) -> None: ...
+
+    def on_request(self, record: RequestRecord) -> None: ...
+
+    def on_residency(self, event: Residency) -> None: ...
