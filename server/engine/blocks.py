@@ -1,0 +1,127 @@
+"""KV-cache blocks: reference counts and the prefix cache.
+
+A block that is full never changes again, so sequences may share it. The prefix cache finds a
+full block by (its parent block, its tokens); the parent of a sequence's first block is the
+adapter's digest, so no adapter ever reads another's cache. Keys are compared whole, not by
+hash: a collision would show one customer's cache to another.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+
+# The adapter's digest ("" for the base) above a first block, else the parent block's node.
+Parent = str | int
+Key = tuple[Parent, tuple[int, ...]]
+
+
+@dataclass(slots=True)
+class BlockList:
+    """One sequence's blocks, in order, and how far the prefix cache knows them."""
+
+    parent: Parent
+    blocks: list[int] = field(default_factory=list)
+    registered: int = 0  # leading blocks that the prefix cache knows
+
+
+class BlockManager:
+    """Hands out the KV cache's blocks.
+
+    Args:
+        total: blocks there are.
+        block_size: positions in a block.
+        prefix_cache: keep full blocks findable after their sequence has ended.
+    """
+
+    def __init__(self, total: int, block_size: int, *, prefix_cache: bool = True) -> None:
+        self.total = total
+        self.block_size = block_size
+        self._prefix_cache = prefix_cache
+        self._references = [0] * total
+        self._unused = list(range(total - 1, -1, -1))
+        self._idle: OrderedDict[int, None] = OrderedDict()  # cached, used by nobody; oldest first
+        self._block_of: dict[Key, int] = {}
+        self._key_of: dict[int, Key] = {}
+        self._node_of: dict[int, int] = {}
+        self._next_node = 0
+
+    @property
+    def free(self) -> int:
+        return len(self._unused) + len(self._idle)
+
+    def blocks_for(self, positions: int) -> int:
+        return -(-positions // self.block_size)
+
+    def start(self, digest: str, tokens: Seq[int]) -> tuple[BlockList, int]:
+        """A new sequence's blocks: the longest cached prefix of `tokens`, short of the last
+        token (its logits are wanted). Returns the list and the number of tokens it covers."""
+        blocks = BlockList(parent=digest)
+        if self._prefix_cache:
+            for end in range(self.block_size, len(tokens), self.block_size):
+                key = (blocks.parent, tuple(tokens[end - self.block_size : end]))
+                block = self._block_of.get(key)
+                if block is None:
+                    break
+                self._take(block)
+                blocks.blocks.append(block)
+                blocks.parent = self._node_of[block]
+        blocks.registered = len(blocks.blocks)
+        return blocks, blocks.registered * self.block_size
+
+    def grow(self, blocks: BlockList, positions: int) -> bool:
+        """Makes room for `positions` in all; False, and nothing taken, if blocks are short."""
+        need = self.blocks_for(positions) - len(blocks.blocks)
+        if need > self.free:
+            return False
+        for _ in range(need):
+            blocks.blocks.append(self._fresh())
+        return True
+
+    def register(self, blocks: BlockList, tokens: Seq[int], computed: int) -> None:
+        """Tells the prefix cache of the blocks that are now full: `computed` of `tokens` are in
+        the cache."""
+        if not self._prefix_cache:
+            return
+        size = self.block_size
+        for i in range(blocks.registered, computed // size):
+            key = (blocks.parent, tuple(tokens[i * size : (i + 1) * size]))
+            twin = self._block_of.get(key)
+            if twin is None:
+                block = blocks.blocks[i]
+                self._block_of[key] = block
+                self._key_of[block] = key
+                self._node_of[block] = self._next_node
+                blocks.parent = self._next_node
+                self._next_node += 1
+            else:
+                blocks.parent = self._node_of[twin]
+            blocks.registered = i + 1
+
+    def release(self, blocks: BlockList) -> None:
+        """Gives a sequence's blocks back, its last first, so that prefixes outlive their ends."""
+        for block in reversed(blocks.blocks):
+            self._references[block] -= 1
+            if self._references[block]:
+                continue
+            if block in self._key_of:
+                self._idle[block] = None
+            else:
+                self._unused.append(block)
+        blocks.blocks.clear()
+
+    def _take(self, block: int) -> None:
+        if self._references[block] == 0:
+            del self._idle[block]
+        self._references[block] += 1
+
+    def _fresh(self) -> int:
+        if self._unused:
+            block = self._unused.pop()
+        else:
+            block, _ = self._idle.popitem(last=False)
+            del self._block_of[self._key_of.pop(block)]
+            del self._node_of[block]
+        self._references[block] = 1
+        return block
