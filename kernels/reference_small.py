@@ -64,9 +64,9 @@ def rotary_write_kv(
     k_cache, v_cache: [blocks, kv_heads, block_size, head_dim]. Returns [rows, heads, head_dim].
     """
     kv_heads, head_dim = k_cache.shape[1], k_cache.shape[3]
-    parts = qkv.unflatten(1, (-1, head_dim))
+    parts = qkv.view(qkv.shape[0], -1, head_dim)
     heads = parts.shape[1] - 2 * kv_heads
-    q, k, v = parts.split([heads, kv_heads, kv_heads], dim=1)
+    q, k, v = parts[:, :heads], parts[:, heads:-kv_heads], parts[:, -kv_heads:]
     q.copy_(_rotate(q, cos, sin))
     write_kv(_rotate(k, cos, sin), v, k_cache, v_cache, batch)
     return q
@@ -75,8 +75,9 @@ def rotary_write_kv(
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     half = cos.shape[1]
     cos, sin = cos[:, None], sin[:, None]
-    first, second, rest = x.float().split([half, half, x.shape[-1] - 2 * half], dim=-1)
-    rotated = (first * cos - second * sin, second * cos + first * sin, rest)
+    wide = x.float()
+    first, second = wide[..., :half], wide[..., half : 2 * half]
+    rotated = (first * cos - second * sin, second * cos + first * sin, wide[..., 2 * half :])
     return torch.cat(rotated, dim=-1).to(x.dtype)
 
 
