@@ -1,0 +1,1 @@
+"""Plain HTTP beside gRPC: what monitoring and orchestrators ask for."""
