@@ -19,8 +19,6 @@ class BPacker(Protocol):
 
     def pack_b(self, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor: ...
 
-    def packed_b_numel(self, out: int, r: int, dtype: torch.dtype) -> int: ...
-
 
 @dataclass(slots=True)
 class PackedAdapter:

@@ -1,0 +1,333 @@
+"""The engine's thread: it owns the model, the pool and the KV cache.
+
+Each turn: take messages, pick rows, one forward pass, sample, report.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import assert_never
+
+import torch
+
+from manylora import kernels
+from manylora.adapters_store.format import read_checkpoint
+from manylora.adapters_store.lowering import lower
+from manylora.errors import DeadlineExceeded, FailedPrecondition, ManyloraError, Unavailable
+from manylora.server.engine.blocks import BlockManager
+from manylora.server.engine.mailbox import (
+    Cancel,
+    ErrorEvent,
+    Event,
+    Inspect,
+    Load,
+    Loaded,
+    Mailbox,
+    Message,
+    ResidencyEvent,
+    Stop,
+    Submit,
+    TokenEvent,
+    Unload,
+)
+from manylora.server.engine.model import AdaptedModel, load_model
+from manylora.server.engine.packing import PackedAdapter, pack
+from manylora.server.engine.pool import Pool
+from manylora.server.engine.residency import ResidencyManager
+from manylora.server.engine.runner import run_step
+from manylora.server.engine.sampler import Sample, sample
+from manylora.server.engine.scheduler import Chunk, Scheduler
+from manylora.server.engine.sequence import Sequence
+from manylora.server.engine.settings import EngineSettings
+from manylora.server.engine.types import (
+    EngineStats,
+    FinishReason,
+    Observer,
+    Residency,
+    StepRecord,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class Engine:
+    """One base model and what runs on it.
+
+    Args:
+        settings: sizes and limits.
+        fetch: digest → directory of the adapter's checkpoint; called on loader threads.
+        deliver: takes each step's events; called on the engine's thread, must not block.
+        observer: told of steps and requests; called on the engine's thread.
+
+    Raises:
+        FailedPrecondition: the model cannot be served, or the KV cache is too small.
+    """
+
+    def __init__(
+        self,
+        settings: EngineSettings,
+        fetch: Callable[[str], Path],
+        deliver: Callable[[list[Event]], None],
+        observer: Observer,
+    ) -> None:
+        self.device = torch.device(_device(settings.device))
+        self.kernels = kernels.select(self.device, settings.kernels)
+        self.model: AdaptedModel = load_model(
+            settings.model, settings.dtype, self.device, self.kernels
+        )
+        self._settings = settings
+        self._fetch = fetch
+        self._deliver = deliver
+        self._observer = observer
+        self._mailbox = Mailbox()
+        self._events: list[Event] = []
+        self._sequences: dict[str, Sequence] = {}
+        self._module_ids = {name: i for i, name in enumerate(self.model.modules)}
+
+        table = kernels.EditTable(settings.max_adapters, len(self._module_ids), self.device)
+        self._pool = Pool(settings.adapter_bytes, self.model.dtype, self.device)
+        self._residency = ResidencyManager(
+            self._pool,
+            table,
+            self._load_packed,
+            self._mailbox.put,
+            self._notify,
+            threads=settings.loader_threads,
+        )
+        self._blocks = BlockManager(
+            self._allocate_cache(), settings.block_size, prefix_cache=settings.prefix_cache
+        )
+        self.max_context = min(
+            settings.max_context or self.model.max_context,
+            self.model.max_context,
+            self._blocks.total * settings.block_size,
+        )
+        self._scheduler = Scheduler(
+            self._blocks,
+            self._residency,
+            max_batch_tokens=settings.max_batch_tokens,
+            max_sequences=settings.max_sequences,
+        )
+        self.model.bind(self._pool.tensor, table)
+        self.stats = self._snapshot()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def put(self, message: Message) -> None:
+        """Thread-safe; the only way in."""
+        self._mailbox.put(message)
+
+    def stop(self) -> None:
+        """Ends the thread; requests still alive get Unavailable."""
+        self._mailbox.put(Stop())
+        self._thread.join()
+        self._residency.close()
+
+    def lower_and_pack(self, path: Path) -> PackedAdapter:
+        """Reads an adapter's checkpoint and makes it ready for the pool; any thread.
+
+        Raises InvalidArgument or FailedPrecondition if it is broken, not served or does not fit
+        the base.
+        """
+        lowered = lower(read_checkpoint(path), self.model.modules)
+        return pack(lowered, self._module_ids, self.kernels, self.model.dtype)
+
+    # -- the thread ----------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        busy = False
+        while True:
+            for message in self._mailbox.take(wait=not busy, seconds=self._until_deadline()):
+                if isinstance(message, Stop):
+                    self._fail_all()
+                    return
+                self._handle(message)
+            self._expire()
+            busy = self._step()
+            self.stats = self._snapshot()
+            self._flush()
+
+    def _handle(self, message: Message) -> None:
+        match message:
+            case Submit(request):
+                sequence = Sequence.start(request, self.model.eos_token_ids)
+                self._sequences[request.id] = sequence
+                self._scheduler.add(sequence)
+            case Cancel(request_id, outcome):
+                if sequence := self._sequences.get(request_id):
+                    self._finish(sequence, outcome)
+            case Load(key, pin, done):
+                self._residency.load(key, pin, done)
+            case Unload(digest, done):
+                self._residency.unload(digest, done)
+            case Inspect(done):
+                done.set_result(self._residency.snapshot())
+            case Loaded():
+                self._residency.loaded(message)
+            case Stop():
+                pass
+            case _:
+                assert_never(message)
+
+    def _step(self) -> bool:
+        """One forward pass; False if there was nothing to do."""
+        start = time.monotonic()
+        chunks, failed = self._scheduler.schedule()
+        for sequence, error in failed:
+            self._events.append(ErrorEvent(sequence.request.id, error))
+            self._forget(sequence, "error")
+        if not chunks:
+            return bool(failed)
+        try:
+            with torch.inference_mode():
+                logits = run_step(self.model, chunks, self._settings.block_size, self.device)
+                sampled = [chunk for chunk in chunks if chunk.samples]
+                samples = sample(logits, [chunk.sequence for chunk in sampled])
+        except Exception:
+            logger.exception("a step failed; its requests are ended")
+            for chunk in chunks:
+                self._fail(chunk.sequence, ManyloraError("the step failed"))
+            return True
+        self._take_in(chunks, sampled, samples)
+        self._observer.on_step(
+            StepRecord(
+                seconds=time.monotonic() - start,
+                rows=sum(chunk.count for chunk in chunks),
+                sequences=len(chunks),
+                stats=self._snapshot(),
+            )
+        )
+        return True
+
+    def _take_in(
+        self, chunks: list[Chunk], sampled: list[Chunk], samples: list[Sample | None]
+    ) -> None:
+        for chunk in chunks:
+            self._scheduler.advance(chunk)
+        now = time.monotonic()
+        for chunk, drawn in zip(sampled, samples, strict=True):
+            sequence = chunk.sequence
+            if drawn is None:
+                self._fail(
+                    sequence,
+                    FailedPrecondition(
+                        f"the logits are not finite in {self.model.dtype}", field="adapter"
+                    ),
+                )
+                continue
+            sequence.append(drawn.token, now)
+            reason = self._finish_reason(sequence, drawn.token)
+            self._events.append(
+                TokenEvent(
+                    sequence.request.id, drawn.token, drawn.logprobs, reason, sequence.usage()
+                )
+            )
+            if reason is not None:
+                self._finish(sequence, reason.value)
+
+    def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
+        if token in sequence.stop_ids:
+            return FinishReason.STOP
+        if sequence.output_tokens >= sequence.request.sampling.max_tokens:
+            return FinishReason.LENGTH
+        if len(sequence.tokens) >= self.max_context:
+            return FinishReason.LENGTH
+        return None
+
+    # -- ends of requests ----------------------------------------------------------------------
+
+    def _finish(self, sequence: Sequence, outcome: str) -> None:
+        self._scheduler.remove(sequence)
+        self._forget(sequence, outcome)
+
+    def _fail(self, sequence: Sequence, error: ManyloraError, outcome: str = "error") -> None:
+        self._events.append(ErrorEvent(sequence.request.id, error))
+        self._finish(sequence, outcome)
+
+    def _forget(self, sequence: Sequence, outcome: str) -> None:
+        del self._sequences[sequence.request.id]
+        self._observer.on_request(sequence.record(outcome))
+
+    def _expire(self) -> None:
+        now = time.monotonic()
+        for sequence in list(self._sequences.values()):
+            deadline = sequence.request.deadline
+            if deadline is not None and deadline <= now:
+                error = DeadlineExceeded("the deadline passed before the answer was complete")
+                self._fail(sequence, error, "deadline")
+
+    def _until_deadline(self) -> float | None:
+        deadlines = [
+            s.request.deadline for s in self._sequences.values() if s.request.deadline is not None
+        ]
+        return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
+
+    def _fail_all(self) -> None:
+        for sequence in list(self._sequences.values()):
+            self._fail(sequence, Unavailable("the server is stopping"), "cancelled")
+        self._flush()
+
+    # -- parts ---------------------------------------------------------------------------------
+
+    def _flush(self) -> None:
+        if self._events:
+            self._deliver(self._events)
+            self._events = []
+
+    def _notify(self, residency: Residency) -> None:
+        self._events.append(ResidencyEvent(residency))
+        self._observer.on_residency(residency)
+
+    def _load_packed(self, digest: str) -> PackedAdapter:
+        return self.lower_and_pack(self._fetch(digest))
+
+    def _allocate_cache(self) -> int:
+        """Makes the KV cache [blocks, kv_heads, block_size, head_dim] of each layer; returns the
+        number of blocks."""
+        size, dtype = self._settings.block_size, self.model.dtype
+        layout = self.model.kv_layout
+        block_bytes = sum(2 * heads * size * dim * dtype.itemsize for heads, dim in layout)
+        total = self._settings.kv_cache_bytes // block_bytes
+        if total < 1:
+            raise FailedPrecondition(
+                "the KV cache does not hold one block",
+                field="kv_cache_bytes",
+                found=self._settings.kv_cache_bytes,
+                wanted=f"at least {block_bytes}",
+            )
+        shapes = [(total, heads, size, dim) for heads, dim in layout]
+        self.model.attach_cache(
+            [
+                (
+                    torch.empty(shape, dtype=dtype, device=self.device),
+                    torch.empty(shape, dtype=dtype, device=self.device),
+                )
+                for shape in shapes
+            ]
+        )
+        return total
+
+    def _snapshot(self) -> EngineStats:
+        itemsize = self._pool.tensor.element_size()
+        return EngineStats(
+            waiting=len(self._scheduler.waiting),
+            running=len(self._scheduler.running),
+            blocks_total=self._blocks.total,
+            blocks_free=self._blocks.free,
+            pool_bytes=self._pool.size * itemsize,
+            pool_bytes_used=self._pool.used * itemsize,
+            slots_total=self._settings.max_adapters,
+            slots_used=self._residency.slots_used,
+        )
+
+
+def _device(name: str) -> str:
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,234 @@
+"""The engine as the asyncio side sees it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
+from pathlib import Path
+
+from manylora.errors import InvalidArgument, ManyloraError, ResourceExhausted, Unavailable
+from manylora.server.engine import sampling_params
+from manylora.server.engine.detokenizer import Detokenizer, StopStrings
+from manylora.server.engine.engine import Engine
+from manylora.server.engine.mailbox import (
+    Cancel,
+    ErrorEvent,
+    Event,
+    Inspect,
+    Load,
+    ResidencyEvent,
+    Submit,
+    TokenEvent,
+    Unload,
+)
+from manylora.server.engine.settings import EngineSettings
+from manylora.server.engine.tokenizer import Tokenizer
+from manylora.server.engine.types import (
+    AdapterKey,
+    Delta,
+    EngineStats,
+    FinishReason,
+    ModelInfo,
+    Observer,
+    Request,
+    Residency,
+    Usage,
+)
+
+RETRY_SECONDS = 1.0  # advice to a caller who finds the queue full
+
+
+class AsyncEngine:
+    """Streams, loads and watches, from one asyncio loop. Only `Mailbox` lies between the two
+    sides; text and stop strings are made here, off the engine's thread."""
+
+    def __init__(
+        self, settings: EngineSettings, fetch: Callable[[str], Path], observer: Observer
+    ) -> None:
+        """Loads the model; blocks for as long as that takes."""
+        self.tokenizer = Tokenizer(settings.model)
+        self._engine = Engine(settings, fetch, self._deliver, observer)
+        self._limit = settings.max_waiting + settings.max_sequences
+        self._streams: dict[str, asyncio.Queue[TokenEvent | ErrorEvent]] = {}
+        self._watchers: set[asyncio.Queue[Residency]] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        model = self._engine.model
+        self.info = ModelInfo(
+            name=settings.model_name or settings.model.resolve().name,
+            architecture=model.architecture,
+            dtype=str(model.dtype).removeprefix("torch."),
+            device=str(self._engine.device),
+            kernels=self._engine.kernels.NAME,
+            max_context=self._engine.max_context,
+            vocab_size=model.vocab_size,
+            modules=len(model.modules),
+        )
+
+    async def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._engine.start()
+
+    async def stop(self) -> None:
+        """Ends at once; streams still open raise Unavailable."""
+        await asyncio.to_thread(self._engine.stop)
+
+    async def drain(self, seconds: float) -> None:
+        """Returns when no request is left, or after `seconds`."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), seconds)
+
+    def stats(self) -> EngineStats:
+        return self._engine.stats
+
+    # -- generation ----------------------------------------------------------------------------
+
+    async def stream(self, request: Request) -> AsyncIterator[Delta]:
+        """The answer, as it comes. Closing the iterator frees the request's blocks within a step.
+
+        Raises:
+            InvalidArgument: the prompt or a sampling value makes no sense.
+            ResourceExhausted: the queue is full.
+            FailedPrecondition: the adapter does not fit the base.
+            DeadlineExceeded: not done in time.
+            Unavailable: the server is stopping.
+        """
+        self._check(request)
+        queue: asyncio.Queue[TokenEvent | ErrorEvent] = asyncio.Queue()
+        self._streams[request.id] = queue
+        self._idle.clear()
+        self._engine.put(Submit(request))
+        outcome = "cancelled"
+        try:
+            detokenizer = Detokenizer(self.tokenizer.decode, request.prompt)
+            stops = StopStrings(request.sampling.stop)
+            tokens = 0
+            while True:
+                events = [await queue.get()]
+                while not queue.empty():
+                    events.append(queue.get_nowait())
+                delta = Delta(text="", token_ids=[])
+                for event in events:
+                    if isinstance(event, ErrorEvent):
+                        raise event.error
+                    tokens += 1
+                    if _extend(delta, event, detokenizer, stops, tokens):
+                        outcome = delta.finish_reason.value if delta.finish_reason else outcome
+                        break
+                yield delta
+                if delta.finish_reason is not None:
+                    return
+        finally:
+            del self._streams[request.id]
+            if not self._streams:
+                self._idle.set()
+            self._engine.put(Cancel(request.id, outcome))
+
+    def _check(self, request: Request) -> None:
+        vocab, context = self.info.vocab_size, self.info.max_context
+        if not request.prompt:
+            raise InvalidArgument("empty", field="prompt", wanted="at least one token")
+        if len(request.prompt) >= context:
+            raise InvalidArgument(
+                "longer than the context leaves room for",
+                field="prompt",
+                found=f"{len(request.prompt)} tokens",
+                wanted=f"at most {context - 1}",
+            )
+        low, high = min(request.prompt), max(request.prompt)
+        if low < 0 or high >= vocab:
+            raise InvalidArgument(
+                "token id outside the vocabulary",
+                field="prompt.token_ids",
+                found=low if low < 0 else high,
+                wanted=f"0 to {vocab - 1}",
+            )
+        sampling_params.validate(request.sampling, vocab)
+        if request.id in self._streams:
+            raise InvalidArgument("a request with this id is running", field="id", found=request.id)
+        if len(self._streams) >= self._limit:
+            raise ResourceExhausted(
+                "the queue is full", field="requests", found=self._limit, retry_after=RETRY_SECONDS
+            )
+
+    # -- adapters ------------------------------------------------------------------------------
+
+    async def load_adapter(self, key: AdapterKey, *, pin: bool) -> Residency:
+        """Returns when the adapter is resident. Raises what is wrong with it."""
+        done: Future[Residency] = Future()
+        self._engine.put(Load(key, pin, done))
+        return await asyncio.wrap_future(done)
+
+    async def unload_adapter(self, digest: str) -> None:
+        """Raises NotFound if it is not resident, FailedPrecondition if it is in use."""
+        done: Future[None] = Future()
+        self._engine.put(Unload(digest, done))
+        await asyncio.wrap_future(done)
+
+    async def residency(self) -> list[Residency]:
+        done: Future[list[Residency]] = Future()
+        self._engine.put(Inspect(done))
+        return await asyncio.wrap_future(done)
+
+    async def watch(self) -> AsyncIterator[Residency]:
+        """What is resident now, then every change."""
+        queue: asyncio.Queue[Residency] = asyncio.Queue()
+        self._watchers.add(queue)
+        try:
+            for residency in await self.residency():
+                yield residency
+            while True:
+                yield await queue.get()
+        finally:
+            self._watchers.discard(queue)
+
+    async def check_fit(self, path: Path) -> None:
+        """Raises FailedPrecondition or InvalidArgument if the checkpoint in `path` cannot be
+        served on this base, naming the tensor, its shape and the shape wanted."""
+        await asyncio.to_thread(self._engine.lower_and_pack, path)
+
+    # -- from the engine's thread --------------------------------------------------------------
+
+    def _deliver(self, events: list[Event]) -> None:
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens
+                self._loop.call_soon_threadsafe(self._spread, events)
+
+    def _spread(self, events: list[Event]) -> None:
+        for event in events:
+            if isinstance(event, ResidencyEvent):
+                for watcher in self._watchers:
+                    watcher.put_nowait(event.residency)
+            elif queue := self._streams.get(event.request_id):
+                queue.put_nowait(event)
+
+
+def _extend(
+    delta: Delta,
+    event: TokenEvent,
+    detokenizer: Detokenizer,
+    stops: StopStrings,
+    tokens: int,
+) -> bool:
+    """Adds one token to a delta; True if it is the answer's last."""
+    delta.token_ids.append(event.token)
+    if event.logprobs is not None:
+        delta.logprobs.append(event.logprobs)
+    # a stop token ends the answer and is no part of its text
+    text = "" if event.finish_reason is FinishReason.STOP else detokenizer.push(event.token)
+    if event.finish_reason is not None:
+        text += detokenizer.flush()
+    text, stopped = stops.push(text)
+    delta.text += text
+    if stopped:
+        delta.finish_reason = FinishReason.STOP
+    elif event.finish_reason is not None:
+        delta.text += stops.flush()
+        delta.finish_reason = event.finish_reason
+    else:
+        return False
+    delta.usage = Usage(event.usage.prompt_tokens, event.usage.cached_tokens, tokens)
+    return True

@@ -1,0 +1,113 @@
+"""The one place where the engine's thread meets the others."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+
+from manylora.errors import ManyloraError
+from manylora.server.engine.packing import PackedAdapter
+from manylora.server.engine.types import (
+    AdapterKey,
+    FinishReason,
+    Request,
+    Residency,
+    TokenLogprobs,
+    Usage,
+)
+
+
+@dataclass(slots=True, frozen=True)
+class Submit:
+    request: Request
+
+
+@dataclass(slots=True, frozen=True)
+class Cancel:
+    """The caller wants no more of it: it went away, or its stop string came (outcome "stop")."""
+
+    request_id: str
+    outcome: str = "cancelled"
+
+
+@dataclass(slots=True, frozen=True)
+class Load:
+    key: AdapterKey
+    pin: bool
+    done: Future[Residency]
+
+
+@dataclass(slots=True, frozen=True)
+class Unload:
+    digest: str
+    done: Future[None]
+
+
+@dataclass(slots=True, frozen=True)
+class Inspect:
+    done: Future[list[Residency]]
+
+
+@dataclass(slots=True, frozen=True)
+class Loaded:
+    """A loader thread's result: the packed adapter, or why not."""
+
+    digest: str
+    result: PackedAdapter | ManyloraError
+    seconds: float
+
+
+@dataclass(slots=True, frozen=True)
+class Stop:
+    pass
+
+
+Message = Submit | Cancel | Load | Unload | Inspect | Loaded | Stop
+
+
+@dataclass(slots=True, frozen=True)
+class TokenEvent:
+    """One more token of a request; the last has finish_reason."""
+
+    request_id: str
+    token: int
+    logprobs: TokenLogprobs | None
+    finish_reason: FinishReason | None
+    usage: Usage
+
+
+@dataclass(slots=True, frozen=True)
+class ErrorEvent:
+    """A request ended without a token."""
+
+    request_id: str
+    error: ManyloraError
+
+
+@dataclass(slots=True, frozen=True)
+class ResidencyEvent:
+    residency: Residency
+
+
+Event = TokenEvent | ErrorEvent | ResidencyEvent
+
+
+class Mailbox:
+    """Messages to the engine's thread; any thread may put."""
+
+    def __init__(self) -> None:
+        self._queue: SimpleQueue[Message] = SimpleQueue()
+
+    def put(self, message: Message) -> None:
+        self._queue.put(message)
+
+    def take(self, *, wait: bool, seconds: float | None = None) -> list[Message]:
+        """All messages there are; waits for the first one, at most `seconds`, if `wait`."""
+        messages: list[Message] = []
+        try:
+            messages.append(self._queue.get(block=wait, timeout=seconds if wait else None))
+            while True:
+                messages.append(self._queue.get_nowait())
+        except Empty:
+            return messages

@@ -1,0 +1,354 @@
+"""Which adapters are on the device: loading, slots, eviction.
+
+Owned by the engine's thread. Only `_load` runs elsewhere, on loader threads: fetch, check,
+lower, pack. What they made is copied into the pool between two steps.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from enum import Enum
+
+import torch
+
+from manylora.errors import (
+    FailedPrecondition,
+    ManyloraError,
+    NotFound,
+    ResourceExhausted,
+    Unavailable,
+)
+from manylora.kernels import EditTable
+from manylora.server.engine.mailbox import Loaded
+from manylora.server.engine.packing import PackedAdapter
+from manylora.server.engine.pool import Arena, Pool
+from manylora.server.engine.types import AdapterKey, Residency, ResidencyState
+
+MAX_STAGED = 4  # adapters on the host or on their way there, at once
+
+
+class _Stage(Enum):
+    LOADING = "loading"
+    STAGED = "staged"
+    RESIDENT = "resident"
+    FAILED = "failed"
+
+
+@dataclass(slots=True)
+class _Entry:
+    key: AdapterKey
+    stage: _Stage = _Stage.LOADING
+    packed: PackedAdapter | None = None  # while staged: with its buffer; later without
+    arena: Arena | None = None
+    slot: int = -1
+    users: int = 0
+    pinned: bool = False
+    last_used: int = 0
+    load_seconds: float = 0.0
+    error: ManyloraError | None = None
+    waiters: list[Future[Residency]] = field(default_factory=list)
+
+
+class ResidencyManager:
+    """Loads adapters on demand, evicts the least recently used, never one in use or pinned.
+
+    Args:
+        pool, table: the device's; the table has a row for each slot.
+        load: digest → packed adapter; runs on a loader thread, raises ManyloraError.
+        post: hands a `Loaded` to the engine's thread.
+        notify: told of every change, on the engine's thread.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        table: EditTable,
+        load: Callable[[str], PackedAdapter],
+        post: Callable[[Loaded], None],
+        notify: Callable[[Residency], None],
+        *,
+        threads: int,
+    ) -> None:
+        self._pool = pool
+        self._table = table
+        self._load_packed = load
+        self._post = post
+        self._notify = notify
+        self._executor = ThreadPoolExecutor(threads, thread_name_prefix="adapter-loader")
+        self._entries: dict[str, _Entry] = {}
+        self._free_slots = list(range(table.slots - 1, -1, -1))
+        self._order: dict[str, int] = {}  # digest → how early in the queue it is wanted
+        self._keys: dict[str, AdapterKey] = {}
+        self._clock = 0
+
+    # -- for the scheduler ---------------------------------------------------------------------
+
+    def want(self, keys: Iterable[AdapterKey]) -> None:
+        """The waiting requests' adapters, the most urgent first: starts loads, places what has
+        arrived, forgets what nobody wants."""
+        self._keys = {}
+        for key in keys:
+            self._keys.setdefault(key.digest, key)
+        self._order = {digest: i for i, digest in enumerate(self._keys)}
+        for digest, entry in list(self._entries.items()):
+            idle = digest not in self._order and not entry.waiters
+            if idle and entry.stage in (_Stage.STAGED, _Stage.FAILED):
+                del self._entries[digest]
+                self._notify(Residency(entry.key, ResidencyState.EVICTED))
+        self._start_loads()
+        self._place_staged()
+
+    def ready(self, key: AdapterKey | None) -> bool:
+        """Whether a request may be admitted now. Raises the load's error if it failed."""
+        if key is None:
+            return True
+        entry = self._entries.get(key.digest)
+        if entry is None:
+            return False
+        if entry.error is not None:
+            raise entry.error
+        return entry.stage is _Stage.RESIDENT
+
+    def acquire(self, digest: str) -> int:
+        """The resident adapter's slot, in use until `release`."""
+        entry = self._entries[digest]
+        entry.users += 1
+        self._touch(entry)
+        return entry.slot
+
+    def release(self, digest: str) -> None:
+        entry = self._entries[digest]
+        entry.users -= 1
+        self._touch(entry)
+
+    # -- for the engine ------------------------------------------------------------------------
+
+    def load(self, key: AdapterKey, pin: bool, done: Future[Residency]) -> None:
+        """Makes an adapter resident, and pins it (or takes its pin away) as told."""
+        entry = self._entries.get(key.digest)
+        if entry is None or entry.stage is _Stage.FAILED:
+            entry = self._begin(key)
+        entry.pinned = pin
+        if entry.stage is _Stage.RESIDENT:
+            self._touch(entry)
+            done.set_result(self._describe(entry))
+            self._notify(self._describe(entry))
+        else:
+            entry.waiters.append(done)
+
+    def unload(self, digest: str, done: Future[None]) -> None:
+        entry = self._entries.get(digest)
+        if entry is None or entry.stage is not _Stage.RESIDENT:
+            done.set_exception(NotFound("adapter is not resident", field="name", found=digest))
+        elif entry.users:
+            done.set_exception(
+                FailedPrecondition(
+                    "adapter is in use", field="name", found=f"{entry.users} running requests"
+                )
+            )
+        else:
+            self._evict(entry)
+            done.set_result(None)
+
+    def loaded(self, message: Loaded) -> None:
+        """A loader thread has finished."""
+        entry = self._entries[message.digest]
+        entry.load_seconds = message.seconds
+        if isinstance(message.result, ManyloraError):
+            self._fail(entry, message.result)
+        elif error := self._never_fits(message.result):
+            self._fail(entry, error)
+        else:
+            entry.packed = message.result
+            entry.stage = _Stage.STAGED
+        self._place_staged()
+
+    def snapshot(self) -> list[Residency]:
+        return [self._describe(entry) for entry in self._entries.values()]
+
+    @property
+    def slots_used(self) -> int:
+        return self._table.slots - len(self._free_slots)
+
+    def close(self) -> None:
+        """After the engine's thread has ended: waits for loads under way; callers still waiting
+        get Unavailable."""
+        self._executor.shutdown(wait=True, cancel_futures=True)
+        for entry in self._entries.values():
+            for waiter in entry.waiters:
+                waiter.set_exception(Unavailable("the server is stopping"))
+
+    # -- loading -------------------------------------------------------------------------------
+
+    def _start_loads(self) -> None:
+        under_way = sum(e.stage in (_Stage.LOADING, _Stage.STAGED) for e in self._entries.values())
+        for digest, key in self._keys.items():
+            if under_way >= MAX_STAGED:
+                return
+            if digest not in self._entries:
+                self._begin(key)
+                under_way += 1
+
+    def _begin(self, key: AdapterKey) -> _Entry:
+        entry = self._entries[key.digest] = _Entry(key)
+        self._notify(self._describe(entry))
+        self._executor.submit(self._load, key.digest)
+        return entry
+
+    def _load(self, digest: str) -> None:
+        """On a loader thread."""
+        start = time.monotonic()
+        result: PackedAdapter | ManyloraError
+        try:
+            result = self._load_packed(digest)
+        except ManyloraError as error:
+            result = error
+        except Exception as error:
+            result = ManyloraError(f"loading failed: {type(error).__name__}", found=error)
+        self._post(Loaded(digest, result, time.monotonic() - start))
+
+    def _fail(self, entry: _Entry, error: ManyloraError) -> None:
+        entry.stage, entry.error = _Stage.FAILED, error
+        for waiter in entry.waiters:
+            waiter.set_exception(error)
+        entry.waiters.clear()
+        self._notify(self._describe(entry))
+
+    def _never_fits(self, packed: PackedAdapter) -> ManyloraError | None:
+        room = self._pool.size * self._pool.tensor.element_size()
+        if packed.bytes <= room:
+            return None
+        return FailedPrecondition(
+            "adapter is larger than the adapter memory",
+            field="adapter",
+            found=f"{packed.bytes} bytes",
+            wanted=f"at most {room} bytes",
+        )
+
+    # -- placing -------------------------------------------------------------------------------
+
+    def _place_staged(self) -> None:
+        """Copies staged adapters into the pool, the most urgent first; one for which there is
+        no room keeps what it needs from those behind it."""
+        staged = [e for e in self._entries.values() if e.stage is _Stage.STAGED]
+        for entry in sorted(staged, key=self._urgency):
+            packed = entry.packed
+            assert packed is not None
+            if self._fully_pinned(packed):
+                self._fail(
+                    entry,
+                    ResourceExhausted(
+                        "pinned adapters leave no room in the adapter memory", field="adapter"
+                    ),
+                )
+            elif self._make_space(packed.buffer.numel(), self._urgency(entry)):
+                self._place(entry, packed)
+            else:
+                return
+
+    def _place(self, entry: _Entry, packed: PackedAdapter) -> None:
+        size = packed.buffer.numel()
+        arena = self._pool.allocate(size)
+        if arena is None:
+            self._compact()
+            arena = self._pool.allocate(size)
+            assert arena is not None
+        self._pool.tensor[arena.start : arena.start + size].copy_(packed.buffer)
+        packed.buffer = torch.empty(0, dtype=packed.buffer.dtype)
+        entry.arena, entry.slot = arena, self._free_slots.pop()
+        entry.stage = _Stage.RESIDENT
+        self._write_row(entry)
+        self._touch(entry)
+        described = self._describe(entry)
+        for waiter in entry.waiters:
+            waiter.set_result(described)
+        entry.waiters.clear()
+        self._notify(described)
+
+    def _write_row(self, entry: _Entry) -> None:
+        assert entry.packed is not None and entry.arena is not None
+        packed = entry.packed
+        self._table.write(
+            entry.slot, packed.rank, packed.scale, packed.offsets_at(entry.arena.start)
+        )
+
+    def _compact(self) -> None:
+        self._pool.compact()
+        for entry in self._entries.values():
+            if entry.stage is _Stage.RESIDENT:
+                self._write_row(entry)
+
+    def _make_space(self, size: int, urgency: tuple[int, int]) -> bool:
+        """Evicts, the longest unused first, until a slot and `size` elements are free; evicts
+        nothing if even all that may go is not enough, and nothing wanted more urgently."""
+        free, slots = self._pool.size - self._pool.used, len(self._free_slots)
+        idle = [
+            e
+            for e in self._entries.values()
+            if e.stage is _Stage.RESIDENT
+            and not e.users
+            and not e.pinned
+            and self._urgency(e) > urgency
+        ]
+        idle.sort(key=lambda e: (-self._urgency(e)[0], e.last_used))
+        victims: list[_Entry] = []
+        while free < size or slots < 1:
+            if len(victims) == len(idle):
+                return False
+            victim = idle[len(victims)]
+            assert victim.arena is not None
+            victims.append(victim)
+            free += victim.arena.size
+            slots += 1
+        for victim in victims:
+            self._evict(victim)
+        return True
+
+    def _fully_pinned(self, packed: PackedAdapter) -> bool:
+        pinned = [e.arena.size for e in self._entries.values() if e.pinned and e.arena is not None]
+        too_full = sum(pinned) + packed.buffer.numel() > self._pool.size
+        return too_full or len(pinned) == self._table.slots
+
+    def _evict(self, entry: _Entry) -> None:
+        assert entry.arena is not None
+        self._pool.free(entry.arena)
+        self._table.clear(entry.slot)
+        self._free_slots.append(entry.slot)
+        del self._entries[entry.key.digest]
+        self._notify(Residency(entry.key, ResidencyState.EVICTED, bytes=self._bytes(entry)))
+
+    # -- small things --------------------------------------------------------------------------
+
+    def _urgency(self, entry: _Entry) -> tuple[int, int]:
+        """Smaller is more urgent: explicit loads, then by place in the queue, then unwanted."""
+        if entry.waiters:
+            return (-1, 0)
+        return (self._order.get(entry.key.digest, len(self._order)), entry.last_used)
+
+    def _touch(self, entry: _Entry) -> None:
+        self._clock += 1
+        entry.last_used = self._clock
+
+    def _bytes(self, entry: _Entry) -> int:
+        size = entry.arena.size if entry.arena is not None else 0
+        return size * self._pool.tensor.element_size()
+
+    def _describe(self, entry: _Entry) -> Residency:
+        state = {
+            _Stage.LOADING: ResidencyState.LOADING,
+            _Stage.STAGED: ResidencyState.LOADING,
+            _Stage.RESIDENT: ResidencyState.RESIDENT,
+            _Stage.FAILED: ResidencyState.FAILED,
+        }[entry.stage]
+        return Residency(
+            key=entry.key,
+            state=state,
+            bytes=self._bytes(entry),
+            pinned=entry.pinned,
+            in_use=entry.users,
+            load_seconds=entry.load_seconds,
+            error="" if entry.error is None else str(entry.error),
+        )

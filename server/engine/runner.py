@@ -1,0 +1,50 @@
+"""One step on the device: chunks in, logits out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from manylora.kernels import make_plan
+from manylora.kernels.attention import make_batch, row_positions
+from manylora.server.engine.model import AdaptedModel, StepInputs
+from manylora.server.engine.scheduler import Chunk
+
+
+def run_step(
+    model: AdaptedModel, chunks: Seq[Chunk], block_size: int, device: torch.device
+) -> Tensor:
+    """Logits float32 [chunks that sample, vocab], in the chunks' order."""
+    return model.forward(step_inputs(chunks, block_size, device))
+
+
+def step_inputs(chunks: Seq[Chunk], block_size: int, device: torch.device) -> StepInputs:
+    counts = np.array([c.count for c in chunks], np.int32)
+    context = np.array([c.start + c.count for c in chunks], np.int32)
+    slots = np.array([c.sequence.slot for c in chunks], np.int32)
+    samples = np.array([c.samples for c in chunks], bool)
+    tokens = np.fromiter(
+        (t for c in chunks for t in c.sequence.tokens[c.start : c.start + c.count]),
+        np.int64,
+        count=int(counts.sum()),
+    )
+    return StepInputs(
+        token_ids=torch.from_numpy(tokens).to(device),
+        positions=torch.from_numpy(row_positions(counts, context)).to(device),
+        plan=make_plan(np.repeat(slots, counts), device),
+        head_plan=make_plan(slots[samples], device),
+        attention=make_batch(counts, context, _block_table(chunks), block_size, device),
+        sample_rows=torch.from_numpy((np.cumsum(counts, dtype=np.int64) - 1)[samples]).to(device),
+    )
+
+
+def _block_table(chunks: Seq[Chunk]) -> np.ndarray:
+    """int32 [chunks, longest], rows padded with block 0."""
+    lists = [c.sequence.blocks.blocks for c in chunks if c.sequence.blocks is not None]
+    table = np.zeros((len(lists), max(map(len, lists))), np.int32)
+    for row, blocks in zip(table, lists, strict=True):
+        row[: len(blocks)] = blocks
+    return table

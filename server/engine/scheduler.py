@@ -1,0 +1,161 @@
+"""Picks each step's rows: decodes first, then prefill chunks, under one token budget."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass
+
+from manylora.errors import ManyloraError
+from manylora.server.engine.blocks import BlockManager
+from manylora.server.engine.residency import ResidencyManager
+from manylora.server.engine.sequence import Sequence
+
+MAX_OVERTAKES = 64  # younger requests admitted before one whose adapter is on its way
+
+
+@dataclass(slots=True, frozen=True)
+class Chunk:
+    """The rows of one sequence in one step: tokens [start, start + count)."""
+
+    sequence: Sequence
+    start: int
+    count: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether the chunk reaches the sequence's end, so that a token is drawn after it."""
+        return self.start + self.count == len(self.sequence.tokens)
+
+
+class Scheduler:
+    """Waiting and running sequences. Owned by the engine's thread."""
+
+    def __init__(
+        self,
+        blocks: BlockManager,
+        residency: ResidencyManager,
+        *,
+        max_batch_tokens: int,
+        max_sequences: int,
+    ) -> None:
+        self._blocks = blocks
+        self._residency = residency
+        self._max_batch_tokens = max_batch_tokens
+        self._max_sequences = max_sequences
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # oldest admission first
+
+    def add(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
+
+    def schedule(self) -> tuple[list[Chunk], list[tuple[Sequence, ManyloraError]]]:
+        """This step's chunks, and the sequences whose adapter could not be loaded (already
+        removed)."""
+        chunks: list[Chunk] = []
+        budget = self._max_batch_tokens
+        decoding = [s for s in self.running if s.computed == len(s.tokens) - 1]
+        prefilling = [s for s in self.running if s.computed < len(s.tokens) - 1]
+        for sequence in decoding + prefilling:
+            if sequence.blocks is None or budget == 0:
+                continue  # preempted by an older one just now, or its turn is the next step
+            count = min(len(sequence.tokens) - sequence.computed, budget)
+            if self._make_room(sequence, sequence.computed + count):
+                chunks.append(Chunk(sequence, sequence.computed, count))
+                budget -= count
+        chunks = [c for c in chunks if c.sequence.blocks is not None]
+        failed = self._admit(chunks, budget)
+        return chunks, failed
+
+    def remove(self, sequence: Sequence) -> None:
+        """Takes a sequence out, wherever it is, and frees its blocks and its adapter's slot."""
+        if sequence.blocks is None:
+            self.waiting.remove(sequence)
+        else:
+            self.running.remove(sequence)
+            self._free(sequence)
+
+    def advance(self, chunk: Chunk) -> None:
+        """After the step: the chunk's KV is in the cache."""
+        sequence = chunk.sequence
+        assert sequence.blocks is not None
+        sequence.computed = chunk.start + chunk.count
+        self._blocks.register(sequence.blocks, sequence.tokens, sequence.computed)
+
+    def _make_room(self, sequence: Sequence, positions: int) -> bool:
+        """Grows the sequence's blocks, preempting the youngest while blocks are short. False if
+        it was itself the youngest."""
+        assert sequence.blocks is not None
+        while not self._blocks.grow(sequence.blocks, positions):
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Back to the head of the queue; its KV is computed again (mostly out of the prefix
+        cache)."""
+        self.running.remove(sequence)
+        self._free(sequence)
+        self.waiting.appendleft(sequence)
+
+    def _free(self, sequence: Sequence) -> None:
+        assert sequence.blocks is not None
+        self._blocks.release(sequence.blocks)
+        sequence.blocks = None
+        sequence.computed = 0
+        if sequence.slot >= 0:
+            self._residency.release(sequence.digest)
+            sequence.slot = -1
+
+    def _admit(self, chunks: list[Chunk], budget: int) -> list[tuple[Sequence, ManyloraError]]:
+        """Admits waiting sequences in order. One whose adapter is still on its way is passed
+        over, but only MAX_OVERTAKES times: then nobody younger is admitted before it."""
+        failed: list[tuple[Sequence, ManyloraError]] = []
+        passed: list[Sequence] = []
+        self._residency.want([s.request.adapter for s in self.waiting if s.request.adapter])
+        while self.waiting and budget > 0 and len(self.running) < self._max_sequences:
+            sequence = self.waiting[0]
+            try:
+                ready = self._residency.ready(sequence.request.adapter)
+            except ManyloraError as error:
+                self.waiting.popleft()
+                failed.append((sequence, error))
+                continue
+            if not ready:
+                passed.append(self.waiting.popleft())
+                if sequence.overtaken >= MAX_OVERTAKES:
+                    break
+                continue
+            if not self._start(sequence):
+                break
+            self.waiting.popleft()
+            for older in passed:
+                older.overtaken += 1
+            count = min(len(sequence.tokens) - sequence.computed, budget)
+            assert sequence.blocks is not None
+            self._blocks.grow(sequence.blocks, sequence.computed + count)
+            chunks.append(Chunk(sequence, sequence.computed, count))
+            budget -= count
+        self.waiting.extendleft(reversed(passed))
+        return failed
+
+    def _start(self, sequence: Sequence) -> bool:
+        """Gives a waiting sequence its blocks and its slot if there is room for all its tokens
+        and one more block for every running sequence."""
+        blocks, cached = self._blocks.start(sequence.digest, sequence.tokens)
+        need = self._blocks.blocks_for(len(sequence.tokens) + 1) - len(blocks.blocks)
+        reserve = min(len(self.running), self._blocks.free // 2) if self.running else 0
+        if need + reserve > self._blocks.free:
+            self._blocks.release(blocks)
+            return False
+        sequence.blocks = blocks
+        sequence.computed = cached
+        if sequence.admitted is None:
+            sequence.admitted = time.monotonic()
+            sequence.cached_tokens = cached
+        if sequence.request.adapter is not None:
+            sequence.slot = self._residency.acquire(sequence.digest)
+        self.running.append(sequence)
+        return True

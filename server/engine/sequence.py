@@ -1,0 +1,80 @@
+"""One request on its way through the engine."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from manylora.server.engine.blocks import BlockList
+from manylora.server.engine.types import Request, RequestRecord, Usage
+
+
+@dataclass(slots=True)
+class Sequence:
+    """A request's tokens and where they stand. Owned by the engine's thread."""
+
+    request: Request
+    tokens: list[int]  # prompt, then output
+    prompt_tokens: int
+    rng: np.random.Generator
+    stop_ids: frozenset[int]
+    output_counts: dict[int, int] = field(default_factory=dict)  # token → times generated
+    blocks: BlockList | None = None  # None: waiting
+    slot: int = -1  # edit-table row; -1: the base
+    computed: int = 0  # leading tokens whose KV is in the cache
+    cached_tokens: int = 0
+    overtaken: int = 0  # younger requests admitted before this one
+    arrived: float = 0.0
+    admitted: float | None = None
+    first_token: float | None = None
+    last_token: float | None = None
+
+    @classmethod
+    def start(cls, request: Request, eos_token_ids: frozenset[int]) -> Sequence:
+        stop_ids = frozenset(request.sampling.stop_token_ids)
+        if not request.sampling.ignore_eos:
+            stop_ids |= eos_token_ids
+        return cls(
+            request=request,
+            tokens=list(request.prompt),
+            prompt_tokens=len(request.prompt),
+            rng=np.random.Generator(np.random.Philox(request.sampling.seed)),
+            stop_ids=stop_ids,
+            arrived=time.monotonic(),
+        )
+
+    @property
+    def digest(self) -> str:
+        """The adapter's digest, "" for the base: the root of the sequence's prefix-cache keys."""
+        return "" if self.request.adapter is None else self.request.adapter.digest
+
+    @property
+    def output_tokens(self) -> int:
+        return len(self.tokens) - self.prompt_tokens
+
+    def append(self, token: int, now: float) -> None:
+        self.tokens.append(token)
+        self.output_counts[token] = self.output_counts.get(token, 0) + 1
+        self.last_token = now
+        if self.first_token is None:
+            self.first_token = now
+
+    def usage(self) -> Usage:
+        return Usage(self.prompt_tokens, self.cached_tokens, self.output_tokens)
+
+    def record(self, outcome: str) -> RequestRecord:
+        now = time.monotonic()
+        first = None if self.first_token is None else self.first_token - self.arrived
+        per_token = None
+        if self.first_token is not None and self.last_token is not None and self.output_tokens > 1:
+            per_token = (self.last_token - self.first_token) / (self.output_tokens - 1)
+        return RequestRecord(
+            adapter=self.request.adapter,
+            outcome=outcome,
+            usage=self.usage(),
+            queue_seconds=(self.admitted or now) - self.arrived,
+            first_token_seconds=first,
+            per_token_seconds=per_token,
+        )
