@@ -160,8 +160,8 @@ class Engine:
                 self._sequences[request.id] = sequence
                 self._scheduler.add(sequence)
             case Cancel(request_id, outcome):
-                if sequence := self._sequences.get(request_id):
-                    self._finish(sequence, outcome)
+                if alive := self._sequences.get(request_id):
+                    self._finish(alive, outcome)
             case Load(key, pin, done):
                 self._residency.load(key, pin, done)
             case Unload(digest, done):

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from pathlib import Path
 
-from manylora.errors import InvalidArgument, ManyloraError, ResourceExhausted, Unavailable
+from manylora.errors import InvalidArgument, ResourceExhausted
 from manylora.server.engine import sampling_params
 from manylora.server.engine.detokenizer import Detokenizer, StopStrings
 from manylora.server.engine.engine import Engine

@@ -145,7 +145,7 @@ class StepRecord:
 
 @dataclass(slots=True, frozen=True)
 class RequestRecord:
-    """One finished request, whatever its end ("stop", "length", "cancelled", "deadline", "error")."""
+    """One finished request. outcome: "stop", "length", "cancelled", "deadline" or "error"."""
 
     adapter: AdapterKey | None
     outcome: str
