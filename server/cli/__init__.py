@@ -1,0 +1,51 @@
+"""The command `manylora`. Heavy imports wait until the command that needs them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from manylora import __version__
+from manylora.errors import InvalidArgument, ManyloraError
+from manylora.server.cli import serve
+from manylora.server.cli.output import print_error
+
+app = typer.Typer(
+    name="manylora",
+    help="One base model, thousands of hot-loaded adapters, one batch.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+app.command("serve")(serve.make_command())
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"manylora {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Version.")
+    ] = False,
+) -> None:
+    """One base model, thousands of hot-loaded adapters, one batch."""
+
+
+def main() -> None:
+    """Runs one command. Exit codes: 2 for wrong usage, 1 for what failed, 130 for Ctrl-C."""
+    try:
+        app()
+    except ManyloraError as error:
+        print_error(error)
+        sys.exit(2 if isinstance(error, InvalidArgument) else 1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

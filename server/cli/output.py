@@ -1,0 +1,53 @@
+"""What the commands print: answers to standard output, everything else to standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from manylora.errors import ManyloraError
+
+
+def print_error(error: ManyloraError) -> None:
+    """One red line: the field, what is wrong, what was found, what was wanted."""
+    line = " ".join(printable(str(error)).split())
+    Console(stderr=True, soft_wrap=True).print(Text(f"error: {line}", style="red"))
+
+
+def print_note(text: str) -> None:
+    Console(stderr=True, soft_wrap=True).print(Text(printable(text), style="dim"))
+
+
+def print_json(value: object) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Aligned columns; whole lines, however long, where the output is no terminal."""
+    console = Console(soft_wrap=not sys.stdout.isatty())
+    table = Table(*columns, box=None, pad_edge=False, header_style="bold")
+    for row in rows:
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    console.print(table)
+
+
+def printable(text: str) -> str:
+    """Text from elsewhere, without the control characters that could steer a terminal."""
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
+    )
+
+
+def human_bytes(count: int) -> str:
+    """`1536` → "1.5 KiB"."""
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
