@@ -1,0 +1,23 @@
+"""Fused low-rank kernels and the few others a step needs: tensors in, tensors out, no server.
+
+`select` gives the backend for a device: a module with `pack_b`, `apply_edits_`, `scale_inputs`,
+`write_kv` and `paged_attention`, which `manylora.kernels.reference` defines.
+"""
+
+from __future__ import annotations
+
+from manylora.kernels.attention import AttentionBatch, make_batch
+from manylora.kernels.backend import Backend, select
+from manylora.kernels.plan import Plan, make_plan
+from manylora.kernels.table import EditTable, SliceGroup
+
+__all__ = [
+    "AttentionBatch",
+    "Backend",
+    "EditTable",
+    "Plan",
+    "SliceGroup",
+    "make_batch",
+    "make_plan",
+    "select",
+]

@@ -1,0 +1,84 @@
+// The C ABI: which ISAs this machine has, which one is in use, and one entry for each kernel.
+//
+// A new kernel adds its signature below with MANYLORA_KERNEL, defines a function of that name in
+// namespace manylora::MANYLORA_ISA in its own source, and lists the source in CMakeLists.txt.
+
+#include <stdint.h>
+
+#include "parallel.h"
+#include "types.h"
+
+#define MANYLORA_EXPORT extern "C" __attribute__((visibility("default")))
+
+#if defined(MANYLORA_X86)
+#define MANYLORA_BEST(name) {generic::name, avx2::name, avx512bf16::name}
+#define MANYLORA_DECLARE(name, parameters) \
+  namespace generic { void name parameters; } \
+  namespace avx2 { void name parameters; } \
+  namespace avx512bf16 { void name parameters; }
+#else
+#define MANYLORA_BEST(name) {generic::name}
+#define MANYLORA_DECLARE(name, parameters) \
+  namespace generic { void name parameters; }
+#endif
+
+#define MANYLORA_KERNEL(name, parameters, arguments) \
+  namespace manylora { \
+  MANYLORA_DECLARE(name, parameters) \
+  static void(*const name##_isas[]) parameters = MANYLORA_BEST(name); \
+  } \
+  MANYLORA_EXPORT void manylora_##name parameters { manylora::name##_isas[manylora::isa] arguments; }
+
+namespace manylora {
+
+Pool pool = {nullptr, nullptr};
+static int32_t isa = 0;
+
+static bool runs_here(int32_t index) {
+#if defined(MANYLORA_X86)
+  if (index == 1) {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+           __builtin_cpu_supports("f16c");
+  }
+  if (index == 2) {
+    return runs_here(1) && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bf16");
+  }
+#endif
+  return index == 0;
+}
+
+}  // namespace manylora
+
+// Name of ISA `index`, slowest first, or null past the last one this library was built with.
+MANYLORA_EXPORT const char* manylora_isa_name(int32_t index) {
+  static const char* const names[] = {"generic", "avx2", "avx512bf16"};
+#if defined(MANYLORA_X86)
+  return index >= 0 && index < 3 ? names[index] : nullptr;
+#else
+  return index == 0 ? names[0] : nullptr;
+#endif
+}
+
+MANYLORA_EXPORT int32_t manylora_isa_runs_here(int32_t index) { return manylora::runs_here(index); }
+
+// Callers choose only among the ISAs that run here. Not while a kernel runs.
+MANYLORA_EXPORT void manylora_set_isa(int32_t index) { manylora::isa = index; }
+
+MANYLORA_EXPORT int32_t manylora_get_isa() { return manylora::isa; }
+
+MANYLORA_EXPORT void manylora_set_pool(manylora::ParallelFor parallel_for,
+                                       manylora::ThreadCount thread_count) {
+  manylora::pool = {parallel_for, thread_count};
+}
+
+MANYLORA_KERNEL(apply_edits,
+                (void* y, int64_t y_stride, const void* x, int64_t x_stride, int64_t in,
+                 int32_t dtype, const void* pool, const int32_t* group, const void* table,
+                 const int32_t* plan),
+                (y, y_stride, x, x_stride, in, dtype, pool, group, table, plan))
+
+MANYLORA_KERNEL(scale_rows,
+                (void* out, const void* x, int64_t x_stride, int64_t in, int32_t dtype,
+                 const void* pool, int32_t module, const void* table, const int32_t* plan),
+                (out, x, x_stride, in, dtype, pool, module, table, plan))
