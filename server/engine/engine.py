@@ -75,7 +75,7 @@ class Engine:
         observer: Observer,
     ) -> None:
         self.device = torch.device(_device(settings.device))
-        self.kernels = kernels.select(self.device, settings.kernels)
+        self.kernels = _kernels(self.device, settings.kernels)
         self.model: AdaptedModel = load_model(
             settings.model, settings.dtype, self.device, self.kernels
         )
@@ -331,3 +331,10 @@ def _device(name: str) -> str:
     if name != "auto":
         return name
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _kernels(device: torch.device, name: str) -> kernels.Backend:
+    try:
+        return kernels.select(device, None if name == "auto" else name)
+    except ValueError as error:
+        raise FailedPrecondition(str(error), field="kernels", found=name) from error
