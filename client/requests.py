@@ -1,0 +1,162 @@
+"""What the clients send."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+
+from manylora.errors import InvalidArgument
+from manylora.v1 import adapters_pb2, inference_pb2
+
+CHUNK_BYTES = 1 << 20
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILES = ("adapter_model.safetensors", "adapter_model.bin")  # the server decides on .bin
+
+_Message = TypeVar("_Message")
+Messages = Sequence[Mapping[str, str]]  # each with "role" and "content"
+
+
+def prompt(
+    text: str | None, messages: Messages | None, token_ids: Sequence[int] | None
+) -> inference_pb2.Prompt:
+    """Raises InvalidArgument unless exactly one of the three is given."""
+    given = {"prompt": text, "messages": messages, "token_ids": token_ids}
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) != 1:
+        raise InvalidArgument(
+            "give exactly one of these",
+            field="prompt",
+            found=" and ".join(names) or "none",
+            wanted="prompt, messages or token_ids",
+        )
+    if text is not None:
+        return _checked(inference_pb2.Prompt, "prompt.text", text=text)
+    if token_ids is not None:
+        ids = _checked(inference_pb2.TokenIds, "prompt.token_ids", ids=token_ids)
+        return inference_pb2.Prompt(token_ids=ids)
+    chat = inference_pb2.Chat()
+    for i, message in enumerate(messages or ()):
+        field = f"prompt.chat.messages[{i}]"
+        if unknown := message.keys() - {"role", "content"}:
+            raise InvalidArgument("unknown keys", field=field, found=", ".join(sorted(unknown)))
+        chat.messages.append(_checked(inference_pb2.ChatMessage, field, **message))
+    return inference_pb2.Prompt(chat=chat)
+
+
+def generate(
+    prompt: inference_pb2.Prompt,
+    adapter: str,
+    *,
+    max_tokens: int | None,
+    temperature: float | None,
+    top_p: float | None,
+    top_k: int | None,
+    min_p: float | None,
+    seed: int | None,
+    repetition_penalty: float | None,
+    presence_penalty: float | None,
+    frequency_penalty: float | None,
+    stop: Sequence[str] | str | None,
+    stop_token_ids: Sequence[int] | None,
+    ignore_eos: bool | None,
+    logprobs: int | None,
+) -> inference_pb2.GenerateRequest:
+    """None leaves the server's default. Raises InvalidArgument for values that no proto holds."""
+    values = {
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "seed": seed,
+        "repetition_penalty": repetition_penalty,
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
+        "stop": (stop,) if isinstance(stop, str) else stop,
+        "stop_token_ids": stop_token_ids,
+        "ignore_eos": ignore_eos,
+        "logprobs": logprobs,
+    }
+    sampling = inference_pb2.Sampling()
+    for name, value in values.items():
+        if value is not None:
+            field = f"sampling.{name}"
+            sampling.MergeFrom(_checked(inference_pb2.Sampling, field, **{name: value}))
+    return inference_pb2.GenerateRequest(prompt=prompt, adapter=adapter, sampling=sampling)
+
+
+def _checked(message: Callable[..., _Message], field: str, **values: object) -> _Message:
+    """The message, or InvalidArgument for a number or text that the proto's type cannot hold."""
+    try:
+        return message(**values)
+    except ValueError as error:
+        raise InvalidArgument(str(error), field=field, found=values.popitem()[1]) from None
+
+
+def resource_name(reference: str) -> str:
+    """The resource name of "tenant/adapter[@version|:alias]"; the server checks its parts."""
+    mark = "@" if "@" in reference else ":"
+    name, marked, version = reference.partition(mark)
+    tenant, _, adapter = name.partition("/")
+    return f"tenants/{tenant}/adapters/{adapter}" + (f"/versions/{version}" if marked else "")
+
+
+def publish_header(name: str, aliases: Sequence[str]) -> adapters_pb2.PublishHeader:
+    tenant, _, adapter = name.partition("/")
+    return adapters_pb2.PublishHeader(
+        parent=f"tenants/{tenant}", adapter_id=adapter, aliases=aliases
+    )
+
+
+def import_adapter(
+    name: str, path: str, aliases: Sequence[str]
+) -> adapters_pb2.ImportAdapterRequest:
+    tenant, _, adapter = name.partition("/")
+    return adapters_pb2.ImportAdapterRequest(
+        parent=f"tenants/{tenant}", adapter_id=adapter, path=path, aliases=aliases
+    )
+
+
+def list_adapters(of: str, page_token: str) -> adapters_pb2.ListAdaptersRequest:
+    parent = resource_name(of) if "/" in of else tenant_parent(of)
+    return adapters_pb2.ListAdaptersRequest(parent=parent, page_token=page_token)
+
+
+def tenant_parent(tenant: str) -> str:
+    return f"tenants/{tenant}" if tenant else ""
+
+
+class Upload:
+    """A checkpoint directory as PublishAdapter's messages. The files are opened at once, so that
+    what is missing is known before the call."""
+
+    def __init__(self, name: str, directory: Path, aliases: Sequence[str]) -> None:
+        """Raises InvalidArgument if a file is missing."""
+        self._header = publish_header(name, aliases)
+        self._files: dict[str, BinaryIO] = {}
+        self._stack = ExitStack()
+        weights = next((n for n in WEIGHTS_FILES if (directory / n).exists()), WEIGHTS_FILES[0])
+        for file in (CONFIG_FILE, weights):
+            try:
+                opened = (directory / file).open("rb")
+            except OSError as error:
+                self._stack.close()
+                raise InvalidArgument(
+                    f"cannot read the checkpoint: {error.strerror}", field=file, found=directory
+                ) from None
+            self._files[file] = self._stack.enter_context(opened)
+
+    def __enter__(self) -> Upload:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    def __iter__(self) -> Iterator[adapters_pb2.PublishAdapterRequest]:
+        yield adapters_pb2.PublishAdapterRequest(header=self._header)
+        for path, file in self._files.items():
+            while data := file.read(CHUNK_BYTES):
+                chunk = adapters_pb2.FileChunk(path=path, data=data)
+                yield adapters_pb2.PublishAdapterRequest(chunk=chunk)
