@@ -156,7 +156,7 @@ class Engine:
     def _handle(self, message: Message) -> None:
         match message:
             case Submit(request):
-                sequence = Sequence.start(request, self.model.eos_token_ids)
+                sequence = Sequence.start(request, frozenset(self.model.eos_token_ids))
                 self._sequences[request.id] = sequence
                 self._scheduler.add(sequence)
             case Cancel(request_id, outcome):

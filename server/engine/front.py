@@ -59,7 +59,7 @@ class AsyncEngine:
         model = self._engine.model
         self.info = ModelInfo(
             name=settings.model_name or settings.model.resolve().name,
-            architecture=model.architecture,
+            architecture=type(model.model).__name__,
             dtype=str(model.dtype).removeprefix("torch."),
             device=str(self._engine.device),
             kernels=self._engine.kernels.NAME,
