@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import Annotated
 
@@ -10,7 +9,7 @@ import typer
 
 from manylora import __version__
 from manylora.errors import InvalidArgument, ManyloraError
-from manylora.server.cli import serve
+from manylora.server.cli import adapters, doctor, generate, serve
 from manylora.server.cli.output import print_error
 
 app = typer.Typer(
@@ -20,6 +19,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("serve")(serve.make_command())
+app.add_typer(adapters.app, name="adapters")
+app.command("generate")(generate.generate)
+app.command("doctor")(doctor.doctor)
 
 
 def _print_version(wanted: bool) -> None:
@@ -38,14 +40,9 @@ def _root(
 
 
 def main() -> None:
-    """Runs one command. Exit codes: 2 for wrong usage, 1 for what failed, 130 for Ctrl-C."""
+    """Runs one command. Exit codes: 2 for wrong usage, 1 for what failed."""
     try:
         app()
     except ManyloraError as error:
         print_error(error)
         sys.exit(2 if isinstance(error, InvalidArgument) else 1)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # the reader of our output has gone, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
