@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,13 +25,43 @@ class AttentionBatch:
     block_table: int32 [seqs, max_blocks], cache block of the sequence's positions
         ``i * block_size`` onward. Entries that no row sees are never followed.
     slot_mapping: int64 [rows], ``block * block_size + offset`` where the row's K and V are kept.
+    words: int64, the four tensors' addresses, seqs, rows, max_blocks; address: of the words
+        (`Batch` in cpu/attention.h).
+
+    Raises ValueError for tensors of another type or shape.
     """
 
     seq_starts: torch.Tensor
     context: torch.Tensor
     block_table: torch.Tensor
     slot_mapping: torch.Tensor
-    native: ctypes.Structure | None = field(default=None, init=False, repr=False, compare=False)
+    rows: int = field(init=False)
+    words: Int64Array = field(init=False, repr=False)
+    address: int = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for name, dtype in _DTYPES.items():
+            tensor: torch.Tensor = getattr(self, name)
+            if tensor.dtype != dtype or not tensor.is_contiguous():
+                raise ValueError(f"{name}: found {tensor.dtype}; wanted contiguous {dtype}")
+        seqs, self.rows = len(self.context), len(self.slot_mapping)
+        if len(self.seq_starts) != seqs + 1 or self.block_table.shape[:1] != (seqs,):
+            raise ValueError(
+                f"seq_starts, block_table: found {len(self.seq_starts)} and "
+                f"{tuple(self.block_table.shape)}; wanted [{seqs + 1}] and [{seqs}, max_blocks]"
+            )
+        pointers = [getattr(self, name).data_ptr() for name in _DTYPES]
+        sizes = [seqs, self.rows, self.block_table.shape[1]]
+        self.words = np.array(pointers + sizes, np.int64)
+        self.address = self.words.ctypes.data
+
+
+_DTYPES = {
+    "seq_starts": torch.int32,
+    "context": torch.int32,
+    "block_table": torch.int32,
+    "slot_mapping": torch.int64,
+}
 
 
 def row_positions(row_counts: Int32Array, context: Int32Array) -> Int64Array:
@@ -59,11 +88,11 @@ def make_batch(
     sequence's rows exceed its context or its context exceeds the table.
     """
     if (row_counts > context).any() or (row_counts < 0).any():
-        raise ValueError(f"row_counts must be 0 to context, found {row_counts} for {context}")
+        raise ValueError(f"row_counts: found {row_counts}; wanted 0 to context, {context}")
     if context.size and int(context.max()) > block_table.shape[1] * block_size:
         raise ValueError(
-            f"block_table holds {block_table.shape[1] * block_size} positions, "
-            f"context needs {int(context.max())}"
+            f"block_table: found room for {block_table.shape[1] * block_size} positions; "
+            f"wanted {int(context.max())}"
         )
     positions = row_positions(row_counts, context)
     sequence = np.repeat(np.arange(len(row_counts)), row_counts)

@@ -40,10 +40,13 @@ def paged_attention(
 
     q: [rows, heads, head_dim]; query head h reads KV head ``h // (heads / kv_heads)``.
     k_cache, v_cache: [blocks, kv_heads, block_size, head_dim], this step's rows already written.
-    window: if > 0, a row at position p sees keys p - window + 1 to p. softcap: if > 0, a scaled
-    score s becomes ``softcap * tanh(s / softcap)``. slopes: float32 [heads]; slope * key position
-    is added to the score (ALiBi, up to a constant of the row). sinks: float32 [heads]; one more
-    logit in the softmax's denominator, with no value. Returns [rows, heads, head_dim] in q's dtype.
+    window: if > 0, a row at position p sees keys p - window + 1 to p.
+    softcap: if > 0, a scaled score s becomes ``softcap * tanh(s / softcap)``.
+    slopes: float32 [heads]; slope * (key position - row position) is added to the score (ALiBi;
+        Press et al. 2022).
+    sinks: float32 [heads]; one more logit in the softmax's denominator, with no value.
+
+    Returns [rows, heads, head_dim] in q's dtype.
     """
     rows, heads, head_dim = q.shape
     kv_heads, block_size = k_cache.shape[1], k_cache.shape[2]
@@ -64,12 +67,12 @@ def paged_attention(
         scores = torch.einsum("nkgd,ktd->kgnt", queries, keys) * scale
         if softcap > 0:
             scores = softcap * torch.tanh(scores / softcap)
+        distance = positions - torch.arange(first, context, device=q.device)[:, None]
         if slopes is not None:
-            scores += slopes.float().reshape(kv_heads, -1, 1, 1) * positions
-        row_position = torch.arange(first, context, device=q.device)[:, None]
-        seen = positions <= row_position
+            scores += slopes.float().reshape(kv_heads, -1, 1, 1) * distance
+        seen = distance <= 0
         if window > 0:
-            seen &= positions > row_position - window
+            seen &= distance > -window
         scores = scores.masked_fill(~seen, float("-inf"))
         if sinks is not None:
             sink = sinks.float().reshape(kv_heads, -1, 1, 1).expand(*scores.shape[:3], 1)

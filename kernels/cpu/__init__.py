@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from manylora.kernels.cpu.attention import paged_attention, write_kv
 from manylora.kernels.cpu.edits import apply_edits_, pack_b, packed_b_numel, scale_inputs
 from manylora.kernels.cpu.library import available, current_isa, isas, set_isa, why_unavailable
-from manylora.kernels.reference_attention import paged_attention, write_kv
 
 __all__ = [
     "NAME",

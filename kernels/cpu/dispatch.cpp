@@ -5,6 +5,7 @@
 
 #include <stdint.h>
 
+#include "attention.h"
 #include "parallel.h"
 #include "types.h"
 
@@ -82,3 +83,16 @@ MANYLORA_KERNEL(scale_rows,
                 (void* out, const void* x, int64_t x_stride, int64_t in, int32_t dtype,
                  const void* pool, int32_t module, const void* table, const int32_t* plan),
                 (out, x, x_stride, in, dtype, pool, module, table, plan))
+
+MANYLORA_KERNEL(paged_attention,
+                (void* out, const void* q, int64_t q_row_stride, int64_t q_head_stride,
+                 const void* k_cache, const void* v_cache, const manylora::Batch* batch,
+                 const manylora::AttentionLayer* layer),
+                (out, q, q_row_stride, q_head_stride, k_cache, v_cache, batch, layer))
+
+MANYLORA_KERNEL(write_kv,
+                (const void* k, int64_t k_row_stride, int64_t k_head_stride, const void* v,
+                 int64_t v_row_stride, int64_t v_head_stride, void* k_cache, void* v_cache,
+                 const manylora::Batch* batch, const manylora::AttentionLayer* layer),
+                (k, k_row_stride, k_head_stride, v, v_row_stride, v_head_stride, k_cache, v_cache,
+                 batch, layer))

@@ -73,5 +73,26 @@ MANYLORA_INLINE float max_lane(Vec x) {
   return a > b ? a : b;
 }
 
+MANYLORA_INLINE Vec round(Vec x) {
+  const Vec shifter = splat(12582912.0f);  // 1.5 * 2^23: the sum's last bit is 1
+  return sub(add(x, shifter), shifter);
+}
+MANYLORA_INLINE Vec times_power_of_2(Vec x, Vec n) {
+  for (int i = 0; i < kLanes; ++i) {
+    x.v[i] *= bits_to_float(static_cast<uint32_t>(static_cast<int32_t>(n.v[i]) + 127) << 23);
+  }
+  return x;
+}
+MANYLORA_INLINE Vec select_below(Vec a, Vec b, Vec x, Vec y) { return {a.v < b.v ? x.v : y.v}; }
+MANYLORA_INLINE void transpose(Vec (&rows)[kLanes]) {
+  for (int i = 0; i < kLanes; ++i) {
+    for (int j = 0; j < i; ++j) {
+      const float x = rows[i].v[j];
+      rows[i].v[j] = rows[j].v[i];
+      rows[j].v[i] = x;
+    }
+  }
+}
+
 }  // namespace MANYLORA_ISA
 }  // namespace manylora

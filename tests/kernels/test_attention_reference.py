@@ -26,7 +26,9 @@ def written_out(q, keys, values, kv_of_row, position, *, scale, window, softcap,
         for t in range(first, position[row] + 1):
             score = float(q[row, head] @ keys[s][t, kv_head]) * scale
             score = softcap * math.tanh(score / softcap) if softcap else score
-            scores.append(score + (slopes[head] * t if slopes is not None else 0.0))
+            scores.append(
+                score + (slopes[head] * (t - position[row]) if slopes is not None else 0.0)
+            )
         exps = [math.exp(score) for score in scores]
         total = sum(exps) + (math.exp(sinks[head]) if sinks is not None else 0.0)
         for t, e in enumerate(exps, first):
@@ -81,5 +83,5 @@ def test_rejects_what_does_not_fit() -> None:
     one = np.array([1], np.int32)
     with pytest.raises(ValueError, match="row_counts"):
         make_batch(one * 3, one, table, BLOCK)
-    with pytest.raises(ValueError, match="block_table holds 8 positions, context needs 9"):
+    with pytest.raises(ValueError, match="block_table: found room for 8 positions; wanted 9"):
         make_batch(one, one * 9, table, BLOCK)

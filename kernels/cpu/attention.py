@@ -1,0 +1,182 @@
+"""Paged attention and the KV write on the CPU: argument checks and the calls into C++."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from ctypes import c_float, c_int32, c_int64, c_void_p
+
+import torch
+
+from manylora.kernels.attention import AttentionBatch
+from manylora.kernels.cpu import library
+
+_DTYPES = library.DTYPES
+
+_attend = library.kernel(
+    "paged_attention",
+    *(c_void_p, c_void_p, c_int64, c_int64),  # out, q, its row and head strides
+    *(c_void_p, c_void_p, c_void_p, c_void_p),  # k_cache, v_cache, batch, layer
+)
+_write = library.kernel(
+    "write_kv",
+    *(c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64),  # k, strides, v, strides
+    *(c_void_p, c_void_p, c_void_p, c_void_p),  # k_cache, v_cache, batch, layer
+)
+
+
+class Layer(ctypes.Structure):
+    """`AttentionLayer` in attention.h."""
+
+    _fields_ = (
+        ("heads", c_int64),
+        ("kv_heads", c_int64),
+        ("head_dim", c_int64),
+        ("block_size", c_int64),
+        ("window", c_int64),
+        ("slopes", c_void_p),
+        ("sinks", c_void_p),
+        ("scale", c_float),
+        ("softcap", c_float),
+        ("dtype", c_int32),
+    )
+    address: int
+
+
+@functools.lru_cache(maxsize=4096)
+def layer(
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    scale: float = 1.0,
+    window: int = 0,
+    softcap: float = 0.0,
+    slopes: int = 0,
+    sinks: int = 0,
+) -> Layer:
+    """The struct for a layer's calls; shape is heads, kv_heads, head_dim, block_size."""
+    found = Layer(*shape, window, slopes or None, sinks or None, scale, softcap, _DTYPES[dtype])
+    found.address = ctypes.addressof(found)
+    return found
+
+
+def paged_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    batch: AttentionBatch,
+    *,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """See `manylora.kernels.reference_attention.paged_attention`.
+
+    q may have any strides but the last, which is 1.
+
+    Raises:
+        ValueError: tensors that do not fit each other or the batch.
+    """
+    rows, heads, head_dim = q.shape
+    _, kv_heads, block_size, cache_dim = k_cache.shape
+    row_stride, head_stride, step = q.stride()
+    dtype = q.dtype
+    if (
+        step != 1
+        or rows != batch.rows
+        or head_dim != cache_dim
+        or heads % kv_heads
+        or v_cache.shape != k_cache.shape
+        or k_cache.dtype != dtype
+        or v_cache.dtype != dtype
+        or not k_cache.is_contiguous()
+        or not v_cache.is_contiguous()
+    ):
+        raise _misfit(q, k_cache, v_cache, batch)
+    fixed = layer(
+        (heads, kv_heads, head_dim, block_size),
+        dtype,
+        scale,
+        window,
+        softcap,
+        0 if slopes is None else _per_head("slopes", slopes, heads),
+        0 if sinks is None else _per_head("sinks", sinks, heads),
+    )
+    out = torch.empty(rows, heads, head_dim, dtype=dtype)
+    _attend(
+        out.data_ptr(),
+        q.data_ptr(),
+        row_stride,
+        head_stride,
+        k_cache.data_ptr(),
+        v_cache.data_ptr(),
+        batch.address,
+        fixed.address,
+    )
+    return out
+
+
+def write_kv(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    batch: AttentionBatch,
+) -> None:
+    """See `manylora.kernels.reference_attention.write_kv`; k and v as q in `paged_attention`.
+
+    Raises:
+        ValueError: tensors that do not fit each other or the batch.
+    """
+    rows, kv_heads, head_dim = k.shape
+    _, cache_heads, block_size, cache_dim = k_cache.shape
+    k_row, k_head, k_step = k.stride()
+    v_row, v_head, v_step = v.stride()
+    dtype = k.dtype
+    if (
+        k_step != 1
+        or v_step != 1
+        or rows != batch.rows
+        or head_dim != cache_dim
+        or kv_heads != cache_heads
+        or v.shape != k.shape
+        or v_cache.shape != k_cache.shape
+        or not dtype == v.dtype == k_cache.dtype == v_cache.dtype
+        or not k_cache.is_contiguous()
+        or not v_cache.is_contiguous()
+    ):
+        raise _misfit(k, k_cache, v_cache, batch)
+    _write(
+        k.data_ptr(),
+        k_row,
+        k_head,
+        v.data_ptr(),
+        v_row,
+        v_head,
+        k_cache.data_ptr(),
+        v_cache.data_ptr(),
+        batch.address,
+        layer((kv_heads, kv_heads, head_dim, block_size), dtype).address,
+    )
+
+
+def _per_head(name: str, values: torch.Tensor, heads: int) -> int:
+    """The address of float32 [heads]."""
+    if values.dtype != torch.float32 or values.shape != (heads,) or not values.is_contiguous():
+        raise ValueError(
+            f"{name}: found {values.dtype} {tuple(values.shape)}; wanted float32 [{heads}]"
+        )
+    return values.data_ptr()
+
+
+def _misfit(
+    x: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, batch: AttentionBatch
+) -> ValueError:
+    return ValueError(
+        "attention: wanted q, k, v [rows, heads, head_dim] with contiguous last dimension, rows as "
+        "in the batch, heads a multiple of kv_heads, contiguous caches [blocks, kv_heads, "
+        "block_size, head_dim], one dtype; "
+        f"found {tuple(x.shape)} {x.stride()} {x.dtype}, batch of {batch.rows} rows, caches "
+        f"{tuple(k_cache.shape)} {k_cache.dtype} and {tuple(v_cache.shape)} {v_cache.dtype}"
+    )
