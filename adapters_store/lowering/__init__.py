@@ -1,0 +1,75 @@
+"""Each PEFT method turned into edits: one module a family, found by `peft_type`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from manylora.adapters_store.edits import LoweredAdapter, ModuleShape
+from manylora.adapters_store.files import CONFIG_FILE
+from manylora.adapters_store.format import Checkpoint
+from manylora.adapters_store.limits import Limits
+from manylora.adapters_store.lowering import lora
+from manylora.adapters_store.lowering.base_copies import BaseParameter
+from manylora.errors import FailedPrecondition, InvalidArgument
+
+__all__ = ["BaseParameter", "check_config", "lower", "peft_type"]
+
+
+class Family(Protocol):
+    """A module that lowers one PEFT method."""
+
+    def check(self, checkpoint: Checkpoint, limits: Limits) -> int:
+        """See check_config."""
+
+    def lower(
+        self,
+        checkpoint: Checkpoint,
+        modules: Mapping[str, ModuleShape],
+        parameter: BaseParameter | None,
+    ) -> LoweredAdapter:
+        """See lower."""
+
+
+_FAMILIES: Mapping[str, Family] = {"LORA": lora}
+
+
+def peft_type(checkpoint: Checkpoint) -> str:
+    """The method's name, one that is served.
+
+    Raises FailedPrecondition for any other, InvalidArgument where there is none.
+    """
+    value = checkpoint.config.get("peft_type")
+    field, wanted = f"{CONFIG_FILE}: peft_type", "one of " + ", ".join(_FAMILIES)
+    if not isinstance(value, str):
+        raise InvalidArgument("not a PEFT type", field=field, found=ascii(value), wanted=wanted)
+    if value not in _FAMILIES:
+        raise FailedPrecondition(
+            "this PEFT type is not served", field=field, found=ascii(value), wanted=wanted
+        )
+    return value
+
+
+def check_config(checkpoint: Checkpoint, limits: Limits) -> int:
+    """Checks config and tensor names and shapes against each other, without a base.
+
+    Returns the adapter's largest rank (0 for a method without low-rank parts). Raises
+    InvalidArgument for a checkpoint that contradicts itself, FailedPrecondition for one that is
+    sound but not served; both name the key or tensor.
+    """
+    return _FAMILIES[peft_type(checkpoint)].check(checkpoint, limits)
+
+
+def lower(
+    checkpoint: Checkpoint,
+    modules: Mapping[str, ModuleShape],
+    parameter: BaseParameter | None = None,
+) -> LoweredAdapter:
+    """Turns the adapter into edits of the base's modules, completely or not at all.
+
+    modules: every adaptable module of the base, by its name in the base's tree. parameter: the
+    base's own weights, for adapters that can only be judged or lowered beside them; without it
+    those are refused. Raises FailedPrecondition naming the tensor, its shape and the shape wanted
+    where the adapter does not fit, and what check_config raises.
+    """
+    return _FAMILIES[peft_type(checkpoint)].lower(checkpoint, modules, parameter)
