@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -86,7 +86,7 @@ class AsyncEngine:
 
     # -- generation ----------------------------------------------------------------------------
 
-    async def stream(self, request: Request) -> AsyncIterator[Delta]:
+    async def stream(self, request: Request) -> AsyncGenerator[Delta, None]:
         """The answer, as it comes. Closing the iterator frees the request's blocks within a step.
 
         Raises:
@@ -173,7 +173,7 @@ class AsyncEngine:
         self._engine.put(Inspect(done))
         return await asyncio.wrap_future(done)
 
-    async def watch(self) -> AsyncIterator[Residency]:
+    async def watch(self) -> AsyncGenerator[Residency, None]:
         """What is resident now, then every change."""
         queue: asyncio.Queue[Residency] = asyncio.Queue()
         self._watchers.add(queue)
