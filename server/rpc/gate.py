@@ -5,18 +5,20 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import grpc
 
 from manylora.errors import Unavailable
 from manylora.server.rpc.status import to_status
 
+Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
+
 PREFIX = "/manylora.v1."
 ENDLESS = frozenset({"/manylora.v1.AdapterService/WatchAdapters"})
 
 
-class Gate(grpc.aio.ServerInterceptor):
+class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     """Lets calls in until `drain`; other services (health, reflection) pass it by."""
 
     def __init__(self) -> None:
@@ -64,14 +66,14 @@ class Gate(grpc.aio.ServerInterceptor):
         return grpc.unary_unary_rpc_method_handler(unary, **codec)
 
     def _unary(self, serve: Callable[[Any, Any], Awaitable[Any]], method: str) -> Any:
-        async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        async def call(request: Any, context: Context) -> Any:
             async with self._inside(context, method):
                 return await serve(request, context)
 
         return call
 
     def _stream(self, serve: Callable[[Any, Any], Any], method: str) -> Any:
-        async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        async def call(request: Any, context: Context) -> None:
             # aclosing: whatever ends the call, the engine's stream is closed before it is over
             async with self._inside(context, method), aclosing(serve(request, context)) as answers:
                 async for answer in answers:
@@ -80,9 +82,7 @@ class Gate(grpc.aio.ServerInterceptor):
         return call
 
     @asynccontextmanager
-    async def _inside(
-        self, context: grpc.aio.ServicerContext[Any, Any], method: str
-    ) -> AsyncIterator[None]:
+    async def _inside(self, context: Context, method: str) -> AsyncIterator[None]:
         task = asyncio.current_task()
         assert task is not None
         self._running[task] = method

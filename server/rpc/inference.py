@@ -6,11 +6,9 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
-
-import grpc
 
 from manylora.adapters_store.store import Store
 from manylora.errors import InvalidArgument
@@ -26,10 +24,9 @@ from manylora.server.engine.types import (
     TokenLogprobs,
     Usage,
 )
+from manylora.server.rpc.gate import Context
 from manylora.v1 import inference_pb2 as pb
 from manylora.v1 import inference_pb2_grpc as pb_grpc
-
-Context = grpc.aio.ServicerContext[Any, Any]
 
 _FINISH_REASONS = {
     None: pb.FINISH_REASON_UNSPECIFIED,
@@ -59,7 +56,7 @@ class InferenceService(pb_grpc.InferenceServiceServicer):
 
     async def StreamGenerate(
         self, request: pb.GenerateRequest, context: Context
-    ) -> AsyncIterator[pb.GenerateResponse]:
+    ) -> AsyncGenerator[pb.GenerateResponse, None]:
         remaining = context.time_remaining()
         deadline = None if remaining is None else time.monotonic() + remaining
         adapter = await self._resolve(request.adapter)
@@ -96,7 +93,7 @@ class InferenceService(pb_grpc.InferenceServiceServicer):
         if not reference:
             return None
         version = await asyncio.to_thread(self._store.resolve, reference)
-        return AdapterKey(version.digest, version.reference)
+        return AdapterKey(version.digest, version.label)
 
     async def _tokens(self, prompt: pb.Prompt) -> list[int]:
         """The prompt's token ids, whichever form it has. Raises InvalidArgument if it is empty."""

@@ -66,12 +66,10 @@ class RpcServer:
         self._gate = Gate()
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(interceptors=(self._gate,), options=OPTIONS)
-        inference_pb2_grpc.add_InferenceServiceServicer_to_server(
-            InferenceService(engine, store), self._server
-        )
-        adapters_pb2_grpc.add_AdapterServiceServicer_to_server(
-            AdapterService(engine, store, import_roots), self._server
-        )
+        inference = InferenceService(engine, store)
+        adapters = AdapterService(engine, store, import_roots)
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, self._server)  # type: ignore[no-untyped-call]
+        adapters_pb2_grpc.add_AdapterServiceServicer_to_server(adapters, self._server)  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)

@@ -7,7 +7,7 @@ import re
 import uuid
 
 import grpc
-from google.protobuf import any_pb2, duration_pb2
+from google.protobuf import any_pb2, duration_pb2  # type: ignore[import-untyped]
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
@@ -18,23 +18,19 @@ DOMAIN = "manylora"
 # percent-encoded and, with the details, once more in base64.
 MAX_MESSAGE_BYTES = 600
 MAX_DETAIL_BYTES = 300
-PRECONDITION_TYPE = "ADAPTER_OR_STATE"
 
 _log = logging.getLogger(__name__)
 
 
-def to_status(error: Exception, *, resource: str = "") -> grpc.Status:
-    """The status to end a call with.
-
-    `resource` is the name that the call was about, for NOT_FOUND's ResourceInfo. What is not a
-    ManyloraError becomes INTERNAL with an id that the log has too, and nothing else of it.
-    """
+def to_status(error: Exception) -> grpc.Status:
+    """The status to end a call with. What is not a ManyloraError becomes INTERNAL with an id that
+    the log has too, and nothing else of it."""
     if not isinstance(error, ManyloraError):
         error = _hide(error)
     status = status_pb2.Status(
         code=code_pb2.Code.Value(error.grpc_code), message=clip(str(error), MAX_MESSAGE_BYTES)
     )
-    for detail in _details(error, resource):
+    for detail in _details(error):
         packed = any_pb2.Any()
         packed.Pack(detail)
         status.details.append(packed)
@@ -47,7 +43,7 @@ def _hide(error: Exception) -> ManyloraError:
     return ManyloraError(f"internal error {error_id}; the server's log has more")
 
 
-def _details(error: ManyloraError, resource: str) -> list[object]:
+def _details(error: ManyloraError) -> list[object]:
     field = clip(error.field)
     description = clip(str(error), MAX_DETAIL_BYTES)
     pairs = {"field": field, "found": clip(error.found or ""), "wanted": clip(error.wanted)}
@@ -64,13 +60,13 @@ def _details(error: ManyloraError, resource: str) -> list[object]:
         details.append(
             error_details_pb2.ResourceInfo(
                 resource_type=f"{DOMAIN}/Adapter",
-                resource_name=clip(resource or error.found or ""),
+                resource_name=clip(error.found or ""),
                 description=description,
             )
         )
     elif error.grpc_code == "FAILED_PRECONDITION":
         unmet = error_details_pb2.PreconditionFailure.Violation(
-            type=PRECONDITION_TYPE, subject=field, description=description
+            type=reason(error), subject=field, description=description
         )
         details.append(error_details_pb2.PreconditionFailure(violations=[unmet]))
     elif isinstance(error, ResourceExhausted) and error.retry_after is not None:
