@@ -7,6 +7,7 @@ import json
 import logging
 import signal
 import threading
+from contextlib import closing
 
 from manylora.adapters_store.store import Store
 from manylora.server.config import Settings
@@ -31,10 +32,10 @@ def run(settings: Settings) -> None:
     http = HttpEndpoint(settings.host, settings.http_port, observer.registry, ready.is_set)
     http.start()
     try:
-        store = Store(settings.store)
-        engine = AsyncEngine(settings.engine(), store.path, observer)
-        observer.watch(engine.info, engine.stats)
-        asyncio.run(_serve(settings, store, engine, http, ready))
+        with closing(Store(settings.store)) as store:
+            engine = AsyncEngine(settings.engine(), store.open_object, observer)
+            observer.watch(engine.info, engine.stats)
+            asyncio.run(_serve(settings, store, engine, http, ready))
     finally:
         http.stop()
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import ByteSize, Field, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -113,6 +114,16 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least important messages to log."
     )
+
+    @field_validator("model")
+    @classmethod
+    def _is_checkpoint(cls, value: Path) -> Path:
+        if not (value / "config.json").is_file():
+            raise PydanticCustomError(
+                "checkpoint",
+                "Input should be the directory of a Hugging Face checkpoint, with its config.json",
+            )
+        return value
 
     @field_validator("import_roots", mode="before")
     @classmethod

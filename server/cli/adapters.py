@@ -120,7 +120,7 @@ def delete(
         typer.Argument(
             metavar="ADAPTER",
             show_default=False,
-            help="TENANT/NAME (all of its versions), TENANT/NAME@VERSION or TENANT/NAME:ALIAS.",
+            help="TENANT/NAME (all of its versions) or TENANT/NAME@VERSION.",
         ),
     ],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,

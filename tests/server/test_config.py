@@ -13,9 +13,13 @@ from manylora.server.engine.settings import EngineSettings
 
 
 @pytest.fixture(autouse=True)
-def _no_settings_around(monkeypatch: pytest.MonkeyPatch) -> None:
+def _a_clean_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No settings in the environment; "m" is a checkpoint's directory."""
     for name in Settings.model_fields:
         monkeypatch.delenv(ENV_PREFIX + name.upper(), raising=False)
+    monkeypatch.chdir(tmp_path)
+    Path("m").mkdir()
+    Path("m/config.json").touch()
 
 
 def _toml(tmp_path: Path, text: str) -> Path:
@@ -81,6 +85,7 @@ def test_store_follows_xdg(monkeypatch: pytest.MonkeyPatch) -> None:
     ("flags", "field"),
     [
         ({}, "model"),
+        ({"model": "elsewhere"}, "--model"),
         ({"model": "m", "port": "99999"}, "--port"),
         ({"model": "m", "kv_cache_bytes": "2 bananas"}, "--kv-cache-bytes"),
         ({"model": "m", "kv_cache_bytes": "-1"}, "--kv-cache-bytes"),
