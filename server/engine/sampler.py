@@ -16,6 +16,7 @@ from torch import Tensor
 from manylora.server.engine.sequence import Sequence
 from manylora.server.engine.types import Logprob, SamplingParams, TokenLogprobs
 
+LEAST_TEMPERATURE = 1e-30  # below it, one over it is no float32
 TOP_P_CANDIDATES = 1024  # sorted at first; all of the vocabulary only where they fall short
 
 
@@ -55,7 +56,7 @@ def _raw_logprobs(logits: Tensor, sequences: Seq[Sequence]) -> list[Tensor | Non
 
 
 def _top(raw: Tensor, token: int, sequence: Sequence) -> TokenLogprobs:
-    values, ids = raw.topk(sequence.request.sampling.logprobs or 0)
+    values, ids = raw.topk(min(sequence.request.sampling.logprobs or 0, len(raw)))
     top = tuple(
         Logprob(int(i), float(v)) for i, v in zip(ids.tolist(), values.tolist(), strict=True)
     )
@@ -82,7 +83,8 @@ def _penalise(row: Tensor, sequence: Sequence) -> None:
 def _draw(row: Tensor, params: SamplingParams, rng: np.random.Generator) -> int:
     """Inverse transform sampling over the kept tokens, in order of their ids."""
     # the largest becomes 0 first, so that a tiny temperature overflows to -inf only
-    probabilities = torch.softmax((row - row.max()) / params.temperature, dim=-1)
+    temperature = max(params.temperature, LEAST_TEMPERATURE)
+    probabilities = torch.softmax((row - row.max()) / temperature, dim=-1)
     threshold = _threshold(probabilities, params)
     kept = (probabilities >= threshold).nonzero().squeeze(-1)
     cumulative = probabilities[kept].double().cumsum(dim=0)

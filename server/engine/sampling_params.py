@@ -20,7 +20,7 @@ def validate(params: SamplingParams, vocab_size: int) -> None:
     _range("top_p", params.top_p, 0.0, 1.0, open_low=True)
     _check("top_k", params.top_k, 0 <= params.top_k < 2**31, "0 (off) or more")
     _range("min_p", params.min_p, 0.0, 1.0)
-    _range("repetition_penalty", params.repetition_penalty, 0.0, 100.0, open_low=True)
+    _range("repetition_penalty", params.repetition_penalty, 0.01, 100.0)
     _range("presence_penalty", params.presence_penalty, -2.0, 2.0)
     _range("frequency_penalty", params.frequency_penalty, -2.0, 2.0)
     if params.seed is not None:

@@ -18,9 +18,9 @@ class SamplingParams:
     temperature: float = 0.0
     top_p: float = 1.0  # (0, 1]
     top_k: int = 0  # 0: off
-    min_p: float = 0.0  # [0, 1): least probability, relative to the likeliest token's
+    min_p: float = 0.0  # [0, 1]: least probability, relative to the likeliest token's
     seed: int | None = None
-    repetition_penalty: float = 1.0  # > 0, over prompt and output
+    repetition_penalty: float = 1.0  # [0.01, 100], over prompt and output
     presence_penalty: float = 0.0  # [-2, 2], over output
     frequency_penalty: float = 0.0  # [-2, 2], over output
     stop: tuple[str, ...] = ()
