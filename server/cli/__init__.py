@@ -24,6 +24,18 @@ app.command("generate")(generate.generate)
 app.command("doctor")(doctor.doctor)
 
 
+@app.command(
+    "train",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def _train(context: typer.Context) -> None:
+    """Train a LoRA adapter, and save it as peft does."""
+    from manylora.server.cli import train
+
+    train.make_app()(context.args, prog_name=context.command_path)
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         print(f"manylora {__version__}")

@@ -75,7 +75,7 @@ def test_serves_counts_and_drains_on_sigterm(model: Path, tmp_path: Path) -> Non
         assert server.get("/readyz")[0] == 200
         assert _health(server) == health_pb2.HealthCheckResponse.SERVING
         _check_counts(server, client)
-        stream = _endless(client, 1500)
+        stream = _endless(client, 600)
         server.signal(signal.SIGTERM)
         _wait_for_drain(server)
         assert server.get("/healthz")[0] == 200
@@ -85,7 +85,7 @@ def test_serves_counts_and_drains_on_sigterm(model: Path, tmp_path: Path) -> Non
         last = list(stream)[-1]
         assert last.finish_reason == "length"
         assert last.usage is not None
-        assert last.usage.completion_tokens == 1500
+        assert last.usage.completion_tokens == 600
         assert server.wait() == 0
     log = server.log.read_text()
     assert "message=stopping signal=SIGTERM" in log

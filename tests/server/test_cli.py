@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from manylora_testing.serve_process import ServeProcess
 from manylora_testing.tokenizer import TOKENIZER_VOCAB, tiny_tokenizer
 
 from manylora import __version__, errors
+from manylora.adapters_store.store import Store
 from manylora.client import Client
 from manylora.server.cli import main
 from manylora.server.cli.output import human_bytes, print_error, printable
@@ -60,7 +62,7 @@ def test_version(cli: Cli) -> None:
 
 def test_help_lists_every_command(cli: Cli) -> None:
     text = cli("--help").out
-    for command in ("serve", "adapters", "generate", "doctor"):
+    for command in ("serve", "train", "adapters", "generate", "doctor"):
         assert f" {command} " in text
 
 
@@ -81,6 +83,7 @@ def test_serve_has_a_flag_with_the_description_of_every_setting(cli: Cli) -> Non
         ("generate", "--system", "x", "hi"),
         ("generate", "--max-tokens", "many", "hi"),
         ("adapters", "publish", "only-a-name"),
+        ("train", "--base", "b"),
         ("nothing",),
     ],
 )
@@ -149,13 +152,34 @@ def test_printable_keeps_text_and_drops_control() -> None:
     assert printable("\x1b]0;x\x07\x9b") == "\ufffd]0;x\ufffd\ufffd"
 
 
-# -- with a server -----------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("base")
     return tiny_tokenizer(tiny_model("qwen3", directory, vocab_size=TOKENIZER_VOCAB))
+
+
+def test_train_publishes_to_the_store(cli: Cli, model: Path, tmp_path: Path) -> None:
+    data, store = tmp_path / "rows.jsonl", tmp_path / "store"
+    row = {"prompt": "the printer", "completion": " is on fire"}
+    data.write_text(f"{json.dumps(row)}\n" * 4)
+    flags = ("--rank", "2", "--target-modules", "q_proj", "--epochs", "1", "--dtype", "float32")
+    answer = cli(
+        *("train", "--base", model, "--data", data, "--name", "t/new", *flags),
+        *("--output", tmp_path / "out", "--publish", "--store", store),
+    )
+    assert answer.code == 0, answer.err
+    assert answer.out == "t/new@1\n"
+    with closing(Store(store)) as opened:
+        assert opened.resolve("t/new").rank == 2
+
+
+def test_train_names_the_wrong_setting(cli: Cli, tmp_path: Path) -> None:
+    answer = cli(*("train", "--base", tmp_path, "--data", tmp_path, "--name", "t/x", "--rank", "0"))
+    assert answer.code == 2
+    assert answer.err == "error: rank: not accepted; found 0; wanted 1 or more\n"
+
+
+# -- with a server -----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
