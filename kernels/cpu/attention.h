@@ -30,11 +30,9 @@ struct AttentionLayer {
   float softcap;  // 0: none
   int32_t dtype;
 
-  // Where a KV head's vector of a slot (block * block_size + offset) lies in a cache
-  // [blocks, kv_heads, block_size, head_dim], in elements.
-  __attribute__((always_inline)) int64_t place(int64_t slot, int64_t head) const {
-    const int64_t block = slot / block_size, offset = slot % block_size;
-    return ((block * kv_heads + head) * block_size + offset) * head_dim;
+  // Where a block's vectors of a KV head begin in a cache [blocks, kv_heads, block_size, head_dim].
+  __attribute__((always_inline)) int64_t place(int64_t block, int64_t head) const {
+    return (block * kv_heads + head) * block_size * head_dim;
   }
 };
 

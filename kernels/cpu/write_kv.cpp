@@ -20,8 +20,10 @@ void write_kv(const void* k, int64_t k_row_stride, int64_t k_head_stride, const 
   parallel_tasks(tasks, threads(), [&](int64_t task) {
     const int64_t end = (task + 1) * kRowsPerTask;
     for (int64_t row = task * kRowsPerTask; row < end && row < batch->rows; ++row) {
+      const int64_t block = batch->slot_mapping[row] / layer->block_size;
+      const int64_t offset = batch->slot_mapping[row] % layer->block_size;
       for (int64_t head = 0; head < layer->kv_heads; ++head) {
-        const int64_t to = layer->place(batch->slot_mapping[row], head) * size;
+        const int64_t to = (layer->place(block, head) + offset * layer->head_dim) * size;
         memcpy(static_cast<char*>(k_cache) + to,
                from_k + (row * k_row_stride + head * k_head_stride) * size, bytes);
         memcpy(static_cast<char*>(v_cache) + to,

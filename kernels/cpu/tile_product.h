@@ -1,0 +1,77 @@
+// A small matrix product on tiles that lie in a thread's cache: lines x depth times depth x columns.
+
+#pragma once
+
+#include "simd.h"
+
+namespace manylora {
+namespace MANYLORA_ISA {
+
+// The part of c that is kept in registers.
+constexpr int kBlockLines = kManyRegisters ? 6 : 4;
+constexpr int kBlockVecs = kManyRegisters ? 4 : 2;
+
+template <class E, int M, int N>
+MANYLORA_INLINE void product_block(const Hidden<E>* a, int64_t a_stride, const E* b,
+                                   int64_t b_stride, int64_t depth, const float* keep, float* c,
+                                   int64_t c_stride) {
+  Vec acc[M][N];
+  for (int m = 0; m < M; ++m) {
+    for (int n = 0; n < N; ++n) {
+      acc[m][n] = keep ? mul(splat(keep[m]), load(c + m * c_stride + n * kLanes)) : zero();
+    }
+  }
+  for (int64_t k = 0; k < depth; k += kDepth<E>) {
+    Operand<E> right[N];
+    for (int n = 0; n < N; ++n) right[n] = load_operand<E>(b + n * kStep<E>);
+    for (int m = 0; m < M; ++m) {
+      const Operand<E> left = broadcast<E>(a + m * a_stride + k);
+      for (int n = 0; n < N; ++n) acc[m][n] = dot(acc[m][n], left, right[n]);
+    }
+    b += b_stride;
+  }
+  for (int m = 0; m < M; ++m) {
+    for (int n = 0; n < N; ++n) store(c + m * c_stride + n * kLanes, acc[m][n]);
+  }
+}
+
+template <class E, int N>
+static void product_lines(int64_t lines, const Hidden<E>* a, int64_t a_stride, const E* b,
+                          int64_t b_stride, int64_t depth, const float* keep, float* c,
+                          int64_t c_stride) {
+  for (int64_t m = 0; m < lines; m += kBlockLines) {
+    const Hidden<E>* am = a + m * a_stride;
+    const float* km = keep ? keep + m : nullptr;
+    float* cm = c + m * c_stride;
+    const int64_t left = lines - m < kBlockLines ? lines - m : kBlockLines;
+    if (left == 1) product_block<E, 1, N>(am, a_stride, b, b_stride, depth, km, cm, c_stride);
+    if (left == 2) product_block<E, 2, N>(am, a_stride, b, b_stride, depth, km, cm, c_stride);
+    if (left == 3) product_block<E, 3, N>(am, a_stride, b, b_stride, depth, km, cm, c_stride);
+    if (left == 4) product_block<E, 4, N>(am, a_stride, b, b_stride, depth, km, cm, c_stride);
+    if constexpr (kBlockLines == 6) {
+      if (left == 5) product_block<E, 5, N>(am, a_stride, b, b_stride, depth, km, cm, c_stride);
+      if (left == 6) product_block<E, 6, N>(am, a_stride, b, b_stride, depth, km, cm, c_stride);
+    }
+  }
+}
+
+// c [lines][vecs * kLanes] = keep[line] * c + a b; without keep, c = a b.
+// a: [lines][depth], b: [depth / kDepth][vecs * kLanes][kDepth]; strides in elements.
+// Each element of c is one accumulator's sum over ascending depth, whatever the size of the product.
+template <class E>
+static void product(int64_t lines, int64_t vecs, const Hidden<E>* a, int64_t a_stride, const E* b,
+                    int64_t b_stride, int64_t depth, const float* keep, float* c,
+                    int64_t c_stride) {
+  int64_t n = 0;
+  for (; n + kBlockVecs <= vecs; n += kBlockVecs) {
+    product_lines<E, kBlockVecs>(lines, a, a_stride, b + n * kStep<E>, b_stride, depth, keep,
+                                 c + n * kLanes, c_stride);
+  }
+  for (; n < vecs; ++n) {
+    product_lines<E, 1>(lines, a, a_stride, b + n * kStep<E>, b_stride, depth, keep,
+                        c + n * kLanes, c_stride);
+  }
+}
+
+}  // namespace MANYLORA_ISA
+}  // namespace manylora
