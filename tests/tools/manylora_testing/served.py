@@ -29,6 +29,7 @@ class Served:
 
     engine: AsyncEngine
     store: Store
+    root: Path  # the store's directory
     server: RpcServer
     loop: asyncio.AbstractEventLoop
 
@@ -76,7 +77,7 @@ def served(
             enter = asyncio.run_coroutine_threadsafe(running.__aenter__(), loop)
             server = enter.result(PATIENCE)
             try:
-                yield Served(engine, store, server, loop)
+                yield Served(engine, store, root, server, loop)
             finally:
                 leave = running.__aexit__(None, None, None)
                 asyncio.run_coroutine_threadsafe(leave, loop).result(PATIENCE)

@@ -1,0 +1,97 @@
+"""A Hugging Face checkpoint on local disk → the causal language model as transformers runs it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from manylora.errors import FailedPrecondition, InvalidArgument
+
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def read_model(path: Path, dtype: str, device: torch.device) -> PreTrainedModel:
+    """Loads the checkpoint for inference, with transformers' plain ("eager") attention.
+
+    Args:
+        path: a directory with config.json and safetensors files.
+        dtype: a name of `DTYPES`, or "auto" for the checkpoint's own.
+
+    Raises:
+        FailedPrecondition: not a checkpoint that can be served; says why.
+        InvalidArgument: an unknown dtype.
+    """
+    if dtype not in (*DTYPES, "auto"):
+        raise InvalidArgument("no such dtype", field="dtype", found=dtype, wanted=", ".join(DTYPES))
+    config = _read_config(path)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=DTYPES.get(dtype, dtype),
+            attn_implementation="eager",
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise FailedPrecondition(
+            f"the base model could not be loaded: {error}", field="model"
+        ) from error
+    lacking = sorted(info["missing_keys"]) + [str(key) for key in info["mismatched_keys"]]
+    if lacking:
+        raise FailedPrecondition(
+            "the checkpoint lacks tensors of its model, or has them in another shape",
+            field="model",
+            found=", ".join(lacking),
+        )
+    if model.dtype not in DTYPES.values():
+        raise FailedPrecondition(
+            "the checkpoint's dtype is not served", field="dtype", found=model.dtype
+        )
+    return model.eval().requires_grad_(False).to(device)
+
+
+def _read_config(path: Path) -> PreTrainedConfig:
+    """The configuration, if it is one of a decoder that transformers itself implements."""
+    if not (path / "config.json").is_file():
+        raise FailedPrecondition(
+            "not a model directory",
+            field="model",
+            found=path,
+            wanted="a directory with config.json",
+        )
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise FailedPrecondition(f"config.json: {error}", field="model") from error
+    if config.is_encoder_decoder or getattr(config, "add_cross_attention", False):
+        raise _not_served(config, "an encoder-decoder model, or one with cross attention")
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise _not_served(config, "no causal language model of transformers")
+    if getattr(config, "quantization_config", None) is not None:
+        raise _not_served(config, "a quantised checkpoint")
+    _check_layers(config)
+    return config
+
+
+def _check_layers(config: PreTrainedConfig) -> None:
+    """Refuses by its configuration what a short look at load might not show."""
+    text = config.get_text_config(decoder=True)
+    other = sorted(set(getattr(text, "layer_types", None) or ()) - _LAYER_TYPES)
+    if other:
+        raise _not_served(config, f"layers of type {', '.join(other)}")
+    if getattr(text, "attn_temperature_tuning", False):
+        raise _not_served(config, "attention scaled by a row's place in the batch")
+
+
+def _not_served(config: PreTrainedConfig, what: str) -> FailedPrecondition:
+    return FailedPrecondition(
+        "this base model is not served", field="model", found=f"{config.model_type}: {what}"
+    )

@@ -1,0 +1,82 @@
+"""A checkpoint's directory → an adapted model, or an error that says why it cannot be served."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from manylora.errors import FailedPrecondition, ManyloraError
+from manylora.kernels import Backend
+from manylora.server.engine.model import selfcheck
+from manylora.server.engine.model.adapt import adapt
+from manylora.server.engine.model.adapted import AdaptedModel
+from manylora.server.engine.model.attach import ATTENTION, attach
+from manylora.server.engine.model.checkpoint import read_model
+from manylora.server.engine.model.interface import make_interfaced
+from manylora.server.engine.model.limits import eos_token_ids, max_context
+from manylora.server.engine.model.probe import probe
+from manylora.server.engine.model.step import StepState
+
+
+def load_model(path: Path, dtype: str, device: torch.device, kernels: Backend) -> AdaptedModel:
+    """Loads a causal language model and makes it serve flat batches with per-row adapters.
+
+    Args:
+        path: directory of a Hugging Face checkpoint in safetensors.
+        dtype: "auto" (the checkpoint's), "float32", "float16" or "bfloat16".
+        device: where it runs.
+        kernels: the backend that runs edits and attention.
+
+    Raises:
+        FailedPrecondition: the model is of a kind that cannot be served exactly, or broken.
+    """
+    model = read_model(path, dtype, device)
+    try:
+        return _adapt(model, kernels)
+    except ManyloraError:
+        raise
+    except Exception as error:
+        raise FailedPrecondition(
+            f"{type(model).__name__} cannot be served: its forward pass fails with our attention: "
+            f"{type(error).__name__}: {error}",
+            field="model",
+        ) from error
+
+
+def _adapt(model: PreTrainedModel, kernels: Backend) -> AdaptedModel:
+    expected = selfcheck.expected_logits(model)
+    head = _head(model)
+    make_interfaced(model)
+    seen = probe(model, head)
+    step = StepState.idle(kernels, model.dtype, model.device)
+    modules = adapt(model, seen.rowwise, head, step)
+    layers = attach(seen.attention, step)
+    model.config._attn_implementation = ATTENTION
+    adapted = AdaptedModel(
+        model=model,
+        step=step,
+        layers=layers,
+        modules=modules,
+        vocab_size=modules[head].out_size,
+        max_context=max_context(model.config),
+        eos_token_ids=eos_token_ids(model),
+    )
+    selfcheck.check(adapted, expected)
+    return adapted
+
+
+def _head(model: PreTrainedModel) -> str:
+    """Name of the output embedding, which must be a plain Linear."""
+    head = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        if module is head and type(module) is nn.Linear:
+            return str(name)
+    raise FailedPrecondition(
+        f"{type(model).__name__} cannot be served",
+        field="model",
+        found=f"a head of type {type(head).__name__}",
+        wanted="Linear",
+    )

@@ -1,0 +1,141 @@
+"""Drives an adapted model directly: many sequences, in flat batches, without the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from manylora.adapters_store.format import read_checkpoint
+from manylora.adapters_store.limits import Limits
+from manylora.adapters_store.lowering import lower
+from manylora.kernels import Backend, EditTable, make_batch, make_plan
+from manylora.kernels.attention import row_positions
+from manylora.server.engine.model import AdaptedModel, StepInputs
+from manylora.server.engine.packing import pack
+
+
+@dataclass
+class Stream:
+    """One sequence: adapter None is the base. rows: logits float32 [vocab] by position, of every
+    position if `watched`, else of the prompt's last and all generated ones."""
+
+    adapter: str | None
+    prompt: list[int]
+    watched: bool = False
+    starts_at: int = 0
+    done: int = 0
+    tokens: list[int] = field(default_factory=list)
+    rows: dict[int, Tensor] = field(default_factory=dict)
+    blocks: list[int] = field(default_factory=list)
+
+    @property
+    def generated(self) -> list[int]:
+        return self.tokens[len(self.prompt) :]
+
+
+class FlatRunner:
+    """Holds adapters in a pool and runs streams greedily, prefill chunks mixed with decodes."""
+
+    def __init__(
+        self,
+        model: AdaptedModel,
+        adapters: Mapping[str, Path],
+        backend: Backend,
+        *,
+        block_size: int = 16,
+        blocks: int = 64,
+    ) -> None:
+        self.model = model
+        self.block_size = block_size
+        self._free = torch.randperm(blocks, generator=torch.Generator().manual_seed(1)).tolist()
+        self.slots = {name: 2 * i + 1 for i, name in enumerate(reversed(list(adapters)))}
+        self._fill_pool(adapters, backend)
+        shapes = [(blocks, heads, block_size, dim) for heads, dim in model.kv_layout]
+        # what a block held before must not matter, so the caches start full of nonsense
+        model.attach_cache(
+            [
+                (torch.full(s, 7e3, dtype=model.dtype), torch.full(s, 7e3, dtype=model.dtype))
+                for s in shapes
+            ]
+        )
+
+    def run(self, streams: Sequence[Stream], *, chunk: int, new_tokens: int) -> None:
+        """Runs until each stream has its prompt's and `new_tokens` more tokens' logits."""
+        for stream in streams:
+            stream.tokens = list(stream.prompt)
+        step = 0
+        while True:
+            live = [s for s in streams if len(s.generated) < new_tokens]
+            if not live:
+                return
+            chunks = [(s, self._next(s, chunk)) for s in live if s.starts_at <= step]
+            if chunks:
+                self._step(chunks)
+            step += 1
+
+    def _next(self, stream: Stream, chunk: int) -> int:
+        """How many rows the stream has in the next step."""
+        count = min(chunk, len(stream.tokens) - stream.done)
+        needed = -(-(stream.done + count) // self.block_size)
+        while len(stream.blocks) < needed:
+            stream.blocks.append(self._free.pop())
+        return count
+
+    def _step(self, chunks: list[tuple[Stream, int]]) -> None:
+        counts = np.array([count for _, count in chunks], np.int32)
+        ends = np.array([s.done + count for s, count in chunks], np.int32)
+        sampled = self._sampled(chunks)
+        slots = np.array([self.slots.get(s.adapter or "", -1) for s, _ in chunks], np.int32)
+        logits = self.model.forward(
+            StepInputs(
+                token_ids=torch.tensor(
+                    [t for s, n in chunks for t in s.tokens[s.done : s.done + n]]
+                ),
+                positions=torch.from_numpy(row_positions(counts, ends)),
+                plan=make_plan(np.repeat(slots, counts)),
+                head_plan=make_plan(np.array([slots[i] for i, _, _ in sampled], np.int32)),
+                attention=make_batch(counts, ends, self._block_table(chunks), self.block_size),
+                sample_rows=torch.tensor([row for _, _, row in sampled], dtype=torch.long),
+            )
+        )
+        for (i, position, _), row in zip(sampled, logits, strict=True):
+            chunks[i][0].rows[position] = row
+        for stream, count in chunks:
+            stream.done += count
+            if stream.done == len(stream.tokens):
+                stream.tokens.append(int(stream.rows[stream.done - 1].argmax()))
+
+    def _sampled(self, chunks: list[tuple[Stream, int]]) -> list[tuple[int, int, int]]:
+        """(stream, position, flat row) of each row whose logits are wanted."""
+        sampled: list[tuple[int, int, int]] = []
+        start = 0
+        for i, (stream, count) in enumerate(chunks):
+            ends_prompt = stream.done + count == len(stream.tokens)
+            first = 0 if stream.watched else count - int(ends_prompt)
+            sampled += [(i, stream.done + j, start + j) for j in range(first, count)]
+            start += count
+        return sampled
+
+    def _block_table(self, chunks: list[tuple[Stream, int]]) -> np.ndarray:
+        table = np.zeros((len(chunks), max(len(s.blocks) for s, _ in chunks)), np.int32)
+        for row, (stream, _) in zip(table, chunks, strict=True):
+            row[: len(stream.blocks)] = stream.blocks
+        return table
+
+    def _fill_pool(self, adapters: Mapping[str, Path], backend: Backend) -> None:
+        modules = self.model.modules
+        ids = {name: i for i, name in enumerate(modules)}
+        table = EditTable(2 * len(adapters) + 1, len(modules))
+        buffers: list[Tensor] = [torch.full((64,), torch.nan, dtype=self.model.dtype)]
+        for name, directory in adapters.items():
+            lowered = lower(read_checkpoint(directory, Limits()), modules, self.model.parameter)
+            packed = pack(lowered, ids, backend, self.model.dtype)
+            start = sum(buffer.numel() for buffer in buffers)
+            table.write(self.slots[name], packed.rank, packed.scale, packed.offsets_at(start))
+            buffers.append(packed.buffer)
+        self.model.bind(torch.cat(buffers), table)
