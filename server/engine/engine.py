@@ -33,6 +33,8 @@ from manylora.server.engine.mailbox import (
     Submit,
     TokenEvent,
     Unload,
+    answer,
+    refuse,
 )
 from manylora.server.engine.model import AdaptedModel, load_model
 from manylora.server.engine.packing import PackedAdapter, pack
@@ -120,14 +122,14 @@ class Engine:
         self._thread.start()
 
     def put(self, message: Message) -> None:
-        """Thread-safe; the only way in."""
-        self._mailbox.put(message)
+        """Thread-safe; the only way in. Raises Unavailable if the engine has stopped."""
+        if not self._mailbox.put(message):
+            raise Unavailable("the server is stopping")
 
     def stop(self) -> None:
         """Ends the thread; requests still alive get Unavailable."""
         self._mailbox.put(Stop())
         self._thread.join()
-        self._residency.close()
 
     def lower_and_pack(self, path: Path) -> PackedAdapter:
         """Reads an adapter's checkpoint and makes it ready for the pool; any thread.
@@ -141,13 +143,21 @@ class Engine:
     # -- the thread ----------------------------------------------------------------------------
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        except Exception:
+            logger.exception("the engine has failed and serves no more")
+        self._close()
+
+    def _serve(self) -> None:
+        """Turn after turn, until a `Stop`."""
         busy = False
         while True:
-            for message in self._mailbox.take(wait=not busy, seconds=self._until_deadline()):
-                if isinstance(message, Stop):
-                    self._fail_all()
-                    return
+            messages = self._mailbox.take(wait=not busy, seconds=self._until_deadline())
+            for message in messages:
                 self._handle(message)
+            if any(isinstance(message, Stop) for message in messages):
+                return
             self._expire()
             busy = self._step()
             self.stats = self._snapshot()
@@ -167,7 +177,7 @@ class Engine:
             case Unload(digest, done):
                 self._residency.unload(digest, done)
             case Inspect(done):
-                done.set_result(self._residency.snapshot())
+                answer(done, self._residency.snapshot())
             case Loaded():
                 self._residency.loaded(message)
             case Stop():
@@ -268,9 +278,19 @@ class Engine:
         ]
         return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
 
-    def _fail_all(self) -> None:
+    def _close(self) -> None:
+        """Leaves nobody waiting: neither requests nor those whose message came too late."""
+        error = Unavailable("the server is stopping")
         for sequence in list(self._sequences.values()):
-            self._fail(sequence, Unavailable("the server is stopping"), "cancelled")
+            self._events.append(ErrorEvent(sequence.request.id, error))
+            self._forget(sequence, "cancelled")
+        for message in self._mailbox.close():
+            match message:
+                case Submit(request):
+                    self._events.append(ErrorEvent(request.id, error))
+                case Load(_, _, done) | Unload(_, done) | Inspect(done):
+                    refuse(done, error)
+        self._residency.close()
         self._flush()
 
     # -- parts ---------------------------------------------------------------------------------

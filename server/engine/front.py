@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future
 from pathlib import Path
 
-from manylora.errors import InvalidArgument, ResourceExhausted
+from manylora.errors import InvalidArgument, ResourceExhausted, Unavailable
 from manylora.server.engine import sampling_params
 from manylora.server.engine.detokenizer import Detokenizer, StopStrings
 from manylora.server.engine.engine import Engine
@@ -97,10 +97,10 @@ class AsyncEngine:
             Unavailable: the server is stopping.
         """
         self._check(request)
+        self._engine.put(Submit(request))
         queue: asyncio.Queue[TokenEvent | ErrorEvent] = asyncio.Queue()
         self._streams[request.id] = queue
         self._idle.clear()
-        self._engine.put(Submit(request))
         outcome = "cancelled"
         try:
             detokenizer = Detokenizer(self.tokenizer.decode, request.prompt)
@@ -125,7 +125,8 @@ class AsyncEngine:
             del self._streams[request.id]
             if not self._streams:
                 self._idle.set()
-            self._engine.put(Cancel(request.id, outcome))
+            with contextlib.suppress(Unavailable):
+                self._engine.put(Cancel(request.id, outcome))
 
     def _check(self, request: Request) -> None:
         vocab, context = self.info.vocab_size, self.info.max_context

@@ -5,6 +5,8 @@ from __future__ import annotations
 from concurrent.futures import Future
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
+from threading import Lock
+from typing import Any, TypeVar
 
 from manylora.errors import ManyloraError
 from manylora.server.engine.packing import PackedAdapter
@@ -16,6 +18,8 @@ from manylora.server.engine.types import (
     TokenLogprobs,
     Usage,
 )
+
+Result = TypeVar("Result")
 
 
 @dataclass(slots=True, frozen=True)
@@ -93,14 +97,38 @@ class ResidencyEvent:
 Event = TokenEvent | ErrorEvent | ResidencyEvent
 
 
+def answer(done: Future[Result], result: Result) -> None:
+    """Sets a future's result, unless its caller has given up waiting."""
+    if done.set_running_or_notify_cancel():
+        done.set_result(result)
+
+
+def refuse(done: Future[Any], error: ManyloraError) -> None:
+    """Sets a future's exception, unless its caller has given up waiting."""
+    if done.set_running_or_notify_cancel():
+        done.set_exception(error)
+
+
 class Mailbox:
     """Messages to the engine's thread; any thread may put."""
 
     def __init__(self) -> None:
         self._queue: SimpleQueue[Message] = SimpleQueue()
+        self._lock = Lock()
+        self._closed = False
 
-    def put(self, message: Message) -> None:
-        self._queue.put(message)
+    def put(self, message: Message) -> bool:
+        """False if the mailbox is closed: nobody will read the message."""
+        with self._lock:
+            if not self._closed:
+                self._queue.put(message)
+            return not self._closed
+
+    def close(self) -> list[Message]:
+        """Takes no more messages; returns those that nobody has read."""
+        with self._lock:
+            self._closed = True
+        return self.take(wait=False)
 
     def take(self, *, wait: bool, seconds: float | None = None) -> list[Message]:
         """All messages there are; waits for the first one, at most `seconds`, if `wait`."""

@@ -22,7 +22,7 @@ from manylora.errors import (
     Unavailable,
 )
 from manylora.kernels import EditTable
-from manylora.server.engine.mailbox import Loaded
+from manylora.server.engine.mailbox import Loaded, answer, refuse
 from manylora.server.engine.packing import PackedAdapter
 from manylora.server.engine.pool import Arena, Pool
 from manylora.server.engine.types import AdapterKey, Residency, ResidencyState
@@ -67,7 +67,7 @@ class ResidencyManager:
         pool: Pool,
         table: EditTable,
         load: Callable[[str], PackedAdapter],
-        post: Callable[[Loaded], None],
+        post: Callable[[Loaded], object],
         notify: Callable[[Residency], None],
         *,
         threads: int,
@@ -87,30 +87,35 @@ class ResidencyManager:
     # -- for the scheduler ---------------------------------------------------------------------
 
     def want(self, keys: Iterable[AdapterKey]) -> None:
-        """The waiting requests' adapters, the most urgent first: starts loads, places what has
-        arrived, forgets what nobody wants."""
+        """The waiting requests' adapters, the most urgent first: places what has arrived,
+        starts loads, forgets what nobody wants."""
         self._keys = {}
         for key in keys:
             self._keys.setdefault(key.digest, key)
         self._order = {digest: i for i, digest in enumerate(self._keys)}
         for digest, entry in list(self._entries.items()):
             idle = digest not in self._order and not entry.waiters
-            if idle and entry.stage in (_Stage.STAGED, _Stage.FAILED):
+            if idle and entry.stage is _Stage.STAGED:
                 del self._entries[digest]
                 self._notify(Residency(entry.key, ResidencyState.EVICTED))
-        self._start_loads()
         self._place_staged()
+        self._start_loads()
+
+    def take_failures(self) -> dict[str, ManyloraError]:
+        """The loads that have failed since the last call, by digest. They are forgotten: the
+        next request for one of these adapters has it loaded again."""
+        failed = {e.key.digest: e.error for e in self._entries.values() if e.error is not None}
+        for digest in failed:
+            del self._entries[digest]
+        return failed
 
     def ready(self, key: AdapterKey | None) -> bool:
-        """Whether a request may be admitted now. Raises the load's error if it failed."""
-        if key is None:
-            return True
-        entry = self._entries.get(key.digest)
-        if entry is None:
-            return False
-        if entry.error is not None:
-            raise entry.error
-        return entry.stage is _Stage.RESIDENT
+        """Whether a request may be admitted now."""
+        return key is None or self._stage(key) is _Stage.RESIDENT
+
+    def lacks_room(self, key: AdapterKey | None) -> bool:
+        """Whether an adapter has been loaded and waits for others to make room."""
+        return key is not None and self._stage(key) is _Stage.STAGED
 
     def acquire(self, digest: str) -> int:
         """The resident adapter's slot, in use until `release`."""
@@ -134,7 +139,7 @@ class ResidencyManager:
         entry.pinned = pin
         if entry.stage is _Stage.RESIDENT:
             self._touch(entry)
-            done.set_result(self._describe(entry))
+            answer(done, self._describe(entry))
             self._notify(self._describe(entry))
         else:
             entry.waiters.append(done)
@@ -142,19 +147,16 @@ class ResidencyManager:
     def unload(self, digest: str, done: Future[None]) -> None:
         entry = self._entries.get(digest)
         if entry is None or entry.stage is not _Stage.RESIDENT:
-            done.set_exception(NotFound("adapter is not resident", field="name", found=digest))
+            refuse(done, NotFound("adapter is not resident", field="name", found=digest))
         elif entry.users:
-            done.set_exception(
-                FailedPrecondition(
-                    "adapter is in use", field="name", found=f"{entry.users} running requests"
-                )
-            )
+            found = f"{entry.users} running requests"
+            refuse(done, FailedPrecondition("adapter is in use", field="name", found=found))
         else:
             self._evict(entry)
-            done.set_result(None)
+            answer(done, None)
 
     def loaded(self, message: Loaded) -> None:
-        """A loader thread has finished."""
+        """A loader thread has finished; `want` places what it made, if anybody wants it still."""
         entry = self._entries[message.digest]
         entry.load_seconds = message.seconds
         if isinstance(message.result, ManyloraError):
@@ -164,7 +166,6 @@ class ResidencyManager:
         else:
             entry.packed = message.result
             entry.stage = _Stage.STAGED
-        self._place_staged()
 
     def snapshot(self) -> list[Residency]:
         return [self._describe(entry) for entry in self._entries.values()]
@@ -174,12 +175,13 @@ class ResidencyManager:
         return self._table.slots - len(self._free_slots)
 
     def close(self) -> None:
-        """After the engine's thread has ended: waits for loads under way; callers still waiting
-        get Unavailable."""
-        self._executor.shutdown(wait=True, cancel_futures=True)
+        """At the end: no more loads; what those under way make is dropped, and callers still
+        waiting get Unavailable."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
         for entry in self._entries.values():
             for waiter in entry.waiters:
-                waiter.set_exception(Unavailable("the server is stopping"))
+                refuse(waiter, Unavailable("the server is stopping"))
+            entry.waiters.clear()
 
     # -- loading -------------------------------------------------------------------------------
 
@@ -213,7 +215,7 @@ class ResidencyManager:
     def _fail(self, entry: _Entry, error: ManyloraError) -> None:
         entry.stage, entry.error = _Stage.FAILED, error
         for waiter in entry.waiters:
-            waiter.set_exception(error)
+            refuse(waiter, error)
         entry.waiters.clear()
         self._notify(self._describe(entry))
 
@@ -264,7 +266,7 @@ class ResidencyManager:
         self._touch(entry)
         described = self._describe(entry)
         for waiter in entry.waiters:
-            waiter.set_result(described)
+            answer(waiter, described)
         entry.waiters.clear()
         self._notify(described)
 
@@ -327,6 +329,10 @@ class ResidencyManager:
         if entry.waiters:
             return (-1, 0)
         return (self._order.get(entry.key.digest, len(self._order)), entry.last_used)
+
+    def _stage(self, key: AdapterKey) -> _Stage | None:
+        entry = self._entries.get(key.digest)
+        return None if entry is None else entry.stage
 
     def _touch(self, entry: _Entry) -> None:
         self._clock += 1

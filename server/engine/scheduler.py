@@ -11,7 +11,7 @@ from manylora.server.engine.blocks import BlockManager
 from manylora.server.engine.residency import ResidencyManager
 from manylora.server.engine.sequence import Sequence
 
-MAX_OVERTAKES = 64  # younger requests admitted before one whose adapter is on its way
+MAX_OVERTAKES = 64  # younger requests admitted before one whose adapter waits for room
 
 
 @dataclass(slots=True, frozen=True)
@@ -110,28 +110,24 @@ class Scheduler:
             sequence.slot = -1
 
     def _admit(self, chunks: list[Chunk], budget: int) -> list[tuple[Sequence, ManyloraError]]:
-        """Admits waiting sequences in order. One whose adapter is still on its way is passed
-        over, but only MAX_OVERTAKES times: then nobody younger is admitted before it."""
-        failed: list[tuple[Sequence, ManyloraError]] = []
+        """Admits waiting sequences in order. One whose adapter is not there yet is passed over;
+        if it is only room that the adapter lacks, then no more than MAX_OVERTAKES times, because
+        younger ones may keep that room taken for ever."""
         passed: list[Sequence] = []
+        kept_out: list[Sequence] = []  # of these, the ones that lack room
         self._residency.want([s.request.adapter for s in self.waiting if s.request.adapter])
+        failed = self._take_failed()
         while self.waiting and budget > 0 and len(self.running) < self._max_sequences:
             sequence = self.waiting[0]
-            try:
-                ready = self._residency.ready(sequence.request.adapter)
-            except ManyloraError as error:
-                self.waiting.popleft()
-                failed.append((sequence, error))
-                continue
-            if not ready:
+            if not self._residency.ready(sequence.request.adapter):
                 passed.append(self.waiting.popleft())
-                if sequence.overtaken >= MAX_OVERTAKES:
-                    break
+                if self._residency.lacks_room(sequence.request.adapter):
+                    kept_out.append(sequence)
                 continue
-            if not self._start(sequence):
+            if any(s.overtaken >= MAX_OVERTAKES for s in kept_out) or not self._start(sequence):
                 break
             self.waiting.popleft()
-            for older in passed:
+            for older in kept_out:
                 older.overtaken += 1
             count = min(len(sequence.tokens) - sequence.computed, budget)
             assert sequence.blocks is not None
@@ -139,6 +135,15 @@ class Scheduler:
             chunks.append(Chunk(sequence, sequence.computed, count))
             budget -= count
         self.waiting.extendleft(reversed(passed))
+        return failed
+
+    def _take_failed(self) -> list[tuple[Sequence, ManyloraError]]:
+        """Takes out the waiting sequences whose adapter could not be loaded."""
+        errors = self._residency.take_failures()
+        if not errors:
+            return []
+        failed = [(s, errors[s.digest]) for s in self.waiting if s.digest in errors]
+        self.waiting = deque(s for s in self.waiting if s.digest not in errors)
         return failed
 
     def _start(self, sequence: Sequence) -> bool:

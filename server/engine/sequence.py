@@ -11,7 +11,7 @@ from manylora.server.engine.blocks import BlockList
 from manylora.server.engine.types import Request, RequestRecord, Usage
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Sequence:
     """A request's tokens and where they stand. Owned by the engine's thread."""
 
