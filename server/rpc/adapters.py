@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from functools import partial
@@ -28,6 +29,7 @@ COMMITS_AT_ONCE = 2  # each holds a thread that waits for another one: see _chec
 DEFAULT_PAGE = 100
 MOST_PAGE = 1000
 
+_TOKEN = re.compile(r"[0-9]{1,18}")
 _STATES = {
     ResidencyState.LOADING: pb.RESIDENCY_STATE_LOADING,
     ResidencyState.RESIDENT: pb.RESIDENCY_STATE_RESIDENT,
@@ -119,7 +121,7 @@ class AdapterService(pb_grpc.AdapterServiceServicer):
         size, token = request.page_size, request.page_token
         if size < 0:
             raise InvalidArgument("negative", field="page_size", found=size, wanted="0 or more")
-        if token and not (token.isascii() and token.isdecimal()):
+        if token and not _TOKEN.fullmatch(token):
             raise InvalidArgument("not a token of this list", field="page_token", found=token)
         versions = self._store.versions(reference)
         rest = [v for v in reversed(versions) if not token or v.version < int(token)]
@@ -131,7 +133,11 @@ class AdapterService(pb_grpc.AdapterServiceServicer):
         self, request: pb.DeleteAdapterRequest, context: Context
     ) -> empty_pb2.Empty:
         reference = parse_name(request.name)
-        for version in await in_thread(partial(self._store.delete, reference)):
+        if ":" in reference:  # also "latest": it may move between a look and the delete
+            raise InvalidArgument(
+                "an alias deletes nothing", field="name", found=request.name, wanted="a number"
+            )
+        for version in await in_thread(partial(self._store.delete, reference, "name")):
             await self._release(version)
         return empty_pb2.Empty()
 
@@ -168,7 +174,7 @@ class AdapterService(pb_grpc.AdapterServiceServicer):
                     yield _residency(event)
 
     async def _resolve(self, name: str) -> AdapterVersion:
-        return await in_thread(partial(self._store.resolve, parse_name(name)))
+        return await in_thread(partial(self._store.resolve, parse_name(name), "name"))
 
     async def _residencies(self) -> Mapping[str, Residency]:
         """By digest."""
