@@ -45,13 +45,12 @@ def open_file(directory: int, name: str, max_bytes: int) -> FileIO:
         descriptor = os.open(name, _OPEN_FILE, dir_fd=directory)
     except OSError as error:
         raise _cannot_open(directory, name, error) from None
-    file = FileIO(descriptor, "rb")
     try:
         check_file(os.fstat(descriptor), name, max_bytes)
+        return FileIO(descriptor, "rb")
     except BaseException:
-        file.close()
+        os.close(descriptor)
         raise
-    return file
 
 
 def check_file(status: os.stat_result, name: str, max_bytes: int) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from manylora.adapters_store.files import CONFIG_FILE, WEIGHTS_FILE, open_directory, open_file
-from manylora.adapters_store.limits import Limits
+from manylora.adapters_store.limits import DEFAULT_LIMITS, Limits
 from manylora.adapters_store.safetensors_header import TensorInfo, read_header
 from manylora.adapters_store.strict_json import loads_object
 from manylora.errors import DataLoss, InvalidArgument
@@ -41,7 +41,7 @@ class Checkpoint:
                 return {name: _read_tensor(file, name, self.tensors[name]) for name in names}
 
 
-def read_checkpoint(directory: Path, limits: Limits) -> Checkpoint:
+def read_checkpoint(directory: Path, limits: Limits = DEFAULT_LIMITS) -> Checkpoint:
     """Reads and checks the two files of a directory; others in it are ignored.
 
     Raises InvalidArgument naming the file, and within it the key or tensor.

@@ -15,3 +15,6 @@ class Limits:
     max_header_bytes: int = 16 << 20
     max_tensors: int = 100_000
     max_tensor_name: int = 512  # characters
+
+
+DEFAULT_LIMITS = Limits()

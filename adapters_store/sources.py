@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -62,18 +61,16 @@ def _split(path: str, roots: Sequence[Path]) -> tuple[Path, tuple[str, ...]]:
 def _open_part(directory: int, part: str, path: str) -> int:
     try:
         return os.open(part, _OPEN_DIRECTORY | os.O_NOFOLLOW, dir_fd=directory)
-    except OSError as error:
-        if error.errno == errno.ENOENT:
-            raise NotFound("no such directory", field=_FIELD, found=ascii(path)) from None
-        if error.errno in (errno.ENOTDIR, errno.ELOOP):
-            raise InvalidArgument(
-                "links are not followed, and files are not directories",
-                field=_FIELD,
-                found=f"{part!a} in {path!a}",
-                wanted="a directory",
-            ) from None
-        if error.errno == errno.EACCES:
-            raise PermissionDenied(
-                "the server may not read this", field=_FIELD, found=ascii(path)
-            ) from None
-        raise
+    except FileNotFoundError:
+        raise NotFound("no such directory", field=_FIELD, found=ascii(path)) from None
+    except PermissionError:
+        raise PermissionDenied(
+            "the server may not read this", field=_FIELD, found=ascii(path)
+        ) from None
+    except (OSError, ValueError):  # a file, a link, a name that is too long or no text
+        raise InvalidArgument(
+            "links are not followed, and files are not directories",
+            field=_FIELD,
+            found=f"{part!a} in {path!a}",
+            wanted="a directory",
+        ) from None

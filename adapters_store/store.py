@@ -29,7 +29,7 @@ from manylora.adapters_store.adapter_version import AdapterVersion
 from manylora.adapters_store.database import Database
 from manylora.adapters_store.files import CHECKPOINT_FILES, open_directory
 from manylora.adapters_store.format import read_checkpoint
-from manylora.adapters_store.limits import Limits
+from manylora.adapters_store.limits import DEFAULT_LIMITS, Limits
 from manylora.adapters_store.names import AdapterName, AdapterRef, check_alias, check_name
 from manylora.adapters_store.objects import Objects, digest_of
 from manylora.adapters_store.sources import open_below
@@ -51,8 +51,8 @@ class Page:
 class Store:
     """Thread-safe; several processes may open the same root."""
 
-    def __init__(self, root: Path, limits: Limits | None = None) -> None:
-        self.limits = limits or Limits()
+    def __init__(self, root: Path, limits: Limits = DEFAULT_LIMITS) -> None:
+        self.limits = limits
         root.mkdir(parents=True, exist_ok=True)
         with _locked(root / "opening.lock"):
             self._in_use = (root / "in-use.lock").open("w")
@@ -95,19 +95,20 @@ class Store:
             self._objects.new_staging(), self.limits, self._publish_staged, self._objects.destroy
         )
 
-    def resolve(self, ref: str) -> AdapterVersion:
+    def resolve(self, ref: str, field: str = "adapter") -> AdapterVersion:
         """`tenant/adapter`, `tenant/adapter@3`, `tenant/adapter:prod` → the version.
 
-        Raises InvalidArgument for a malformed ref, NotFound.
+        field: what the caller's request calls the ref. Raises InvalidArgument for a malformed
+        ref, NotFound.
         """
-        parsed = AdapterRef.parse(ref)
+        parsed = AdapterRef.parse(ref, field)
         with self._database.read() as rows:
             version = rows.find(parsed)
             if version is not None:
                 return version
             known = rows.find(AdapterRef(parsed.name)) is not None
         what = "no such version or alias of this adapter" if known else "no such adapter"
-        raise NotFound(what, field="adapter", found=ref)
+        raise NotFound(what, field=field, found=ref)
 
     def versions(self, name: str) -> tuple[AdapterVersion, ...]:
         """All versions, oldest first. Raises NotFound."""
@@ -150,16 +151,17 @@ class Store:
             rows.set_alias(version, alias)
             return rows.find(parsed) or version
 
-    def delete(self, ref: str) -> tuple[AdapterVersion, ...]:
+    def delete(self, ref: str, field: str = "adapter") -> tuple[AdapterVersion, ...]:
         """Deletes one version (`tenant/adapter@3`), or an adapter with all versions and aliases.
 
-        Returns what was deleted. The numbers are not used again. Raises NotFound;
-        FailedPrecondition for a version that has an alias; InvalidArgument for a ref by alias.
+        field: as for resolve. Returns what was deleted. The numbers are not used again. Raises
+        NotFound; FailedPrecondition for a version that has an alias; InvalidArgument for a ref by
+        alias.
         """
-        parsed = AdapterRef.parse(ref)
+        parsed = AdapterRef.parse(ref, field)
         if parsed.alias is not None:
             raise InvalidArgument(
-                "cannot delete by alias", field="adapter", found=ref, wanted="a name or a version"
+                "cannot delete by alias", field=field, found=ref, wanted="a name or a version"
             )
         with self._database.write() as rows:
             if parsed.version is None:
@@ -169,10 +171,10 @@ class Store:
                 version = rows.find(parsed)
                 deleted = (version,) if version else ()
                 for version in deleted:
-                    _refuse_if_aliased(version)
+                    _refuse_if_aliased(version, field)
                     rows.delete_version(version)
         if not deleted:
-            raise NotFound("no such adapter or version", field="adapter", found=ref)
+            raise NotFound("no such adapter or version", field=field, found=ref)
         for digest in {version.digest for version in deleted}:
             self._collect(digest)
         return deleted
@@ -233,11 +235,11 @@ class Store:
         self._objects.destroy(trash)
 
 
-def _refuse_if_aliased(version: AdapterVersion) -> None:
+def _refuse_if_aliased(version: AdapterVersion, field: str) -> None:
     if version.aliases:
         raise FailedPrecondition(
             "the version has aliases; move them first",
-            field="adapter",
+            field=field,
             found=f"{version.label} is {', '.join(version.aliases)}",
         )
 

@@ -46,6 +46,14 @@ class ConfigReader:
     def check_keys(self, known: KnownKeys) -> None:
         """Raises FailedPrecondition for an option or a task that is not served, and for a key that
         nobody here knows unless it is null."""
+        task = self.config.get("task_type")
+        if task not in _TASK_TYPES:
+            raise FailedPrecondition(
+                "adapters for this task are not served",
+                field=_field("task_type"),
+                found=task,
+                wanted="CAUSAL_LM or null",
+            )
         for key, value in self.config.items():
             if key in known.understood or key in known.harmless or key in COMMON_KEYS:
                 continue
@@ -58,14 +66,6 @@ class ConfigReader:
                     found=value,
                     wanted=" or ".join("null" if off is None else repr(off) for off in allowed),
                 )
-        task = self.config.get("task_type")
-        if task not in _TASK_TYPES:
-            raise FailedPrecondition(
-                "adapters for this task are not served",
-                field=_field("task_type"),
-                found=task,
-                wanted="CAUSAL_LM or null",
-            )
 
     def whole_number(self, key: str, *, least: int, most: int) -> int:
         return whole_number(self.config.get(key), key, least=least, most=most)

@@ -18,7 +18,7 @@ PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
 _COPY = re.compile(r"(?P<module>.+?)(?:\.base_layer)?\.(?P<parameter>weight|bias)")
 _METHOD_TENSOR = re.compile(
-    r"\.(lora_[A-Za-z_]+|modules_to_save|token_adapter|trainable_tokens_\w+)"
+    r"(?:^|\.)(lora_[A-Za-z_]+|modules_to_save|token_adapter|trainable_tokens_\w+)"
 )
 
 
