@@ -8,8 +8,8 @@
 //            so that a score is a lane and needs no sum over lanes; bf16 stays in pairs
 //   scores   lines x tile = queries times keys, float32
 //   weights  scale, soft-cap, slopes, mask; running maximum and sum of each line; exp in place
-//   values   the tile's values as float32, [kTile][head_dim]; lines x head_dim += weights times
-//            values, over exactly the keys that the row sees
+//   values   the tile's values as [kTile / kDepth][head_dim] words, which for bf16 pair two keys;
+//            lines x head_dim += weights times values, over exactly the keys that the row sees
 //
 // What a row gets depends on its own keys alone, bit for bit: tiles begin at multiples of kTile,
 // whichever rows share the unit; each line's sums run in the order of the keys; and after each
@@ -26,7 +26,7 @@ namespace {
 
 constexpr int64_t kTile = 64;
 
-// The element type of a transposed tile of keys.
+// The element type of a tile of keys or values.
 template <class T>
 struct TileOf {
   using type = float;
@@ -40,9 +40,11 @@ struct TileOf<bf16> {
 struct Scratch {
   void* q;        // Hidden<E> [lines][depth]
   float* keys;    // words of E [depth / kDepth][kTile]
-  float* values;  // [kTile][width]
-  float* scores;  // [lines of a head][kTile]
-  float* keep;    // [lines of a head]
+  float* values;  // words of E [kTile / kDepth][width]
+  float* edge;    // [width], one row of values
+  float* scores;  // [lines of a head][kTile], then Hidden<E> weights [lines of a head][kTile]
+  float* keep;    // [lines of a head], what a tile leaves of the sums before it
+  float* ones;    // [lines of a head]
   Part part;
   Part total;
 };
@@ -51,7 +53,7 @@ static Scratch scratch_of(const Sizes& sizes) {
   static thread_local float* memory = nullptr;
   static thread_local int64_t held = 0;
   const int64_t part = part_floats(sizes.lines, sizes.width);
-  const int64_t floats = sizes.lines * (sizes.depth + kTile + 1) +
+  const int64_t floats = sizes.lines * (sizes.depth + kTile + 2) + sizes.width +
                          kTile * (sizes.depth + sizes.width) + 2 * part;
   if (held < floats) {
     free(memory);
@@ -65,8 +67,11 @@ static Scratch scratch_of(const Sizes& sizes) {
   s.scores = next, next += sizes.lines * kTile;
   s.part = part_at(next, sizes.lines, sizes.width), next += part;
   s.total = part_at(next, sizes.lines, sizes.width), next += part;
+  s.edge = next, next += sizes.width;
   s.keep = next, next += sizes.lines;
+  s.ones = next, next += sizes.lines;
   s.q = next;
+  for (int64_t i = 0; i < sizes.lines; ++i) s.ones[i] = 1.0f;
   return s;
 }
 
@@ -155,55 +160,105 @@ static void pack_keys(const T* cache, const int64_t* at, int64_t head_dim, float
   for (int64_t i = 0; i < ceil_div(head_dim - d, kDepth<T>); ++i) store(words + i * kTile, rows[i]);
 }
 
+// Values of kLanes keys, a row of words for each key, or for each pair of keys.
 template <class T>
 static void pack_values(const T* cache, const int64_t* at, int64_t head_dim, int64_t width,
-                        float* values) {
-  for (int i = 0; i < kLanes; ++i, values += width) {
+                        float* words) {
+  for (int i = 0; i < kLanes; ++i, words += width) {
     const T* const p = cache + at[i];
     int64_t d = 0;
-    for (; d + kLanes <= head_dim; d += kLanes) store(values + d, load(p + d));
-    if (d < head_dim) store(values + d, load(p + d, head_dim - d));
+    for (; d + kLanes <= head_dim; d += kLanes) store(words + d, load(p + d));
+    if (d < head_dim) store(words + d, load(p + d, head_dim - d));
+  }
+}
+static void pack_values(const bf16* cache, const int64_t* at, int64_t head_dim, int64_t width,
+                        float* words) {
+  for (int i = 0; i < kLanes; i += 2, words += width) {
+    const bf16 *const even = cache + at[i], *const odd = cache + at[i + 1];
+    int64_t d = 0;
+    for (; d + kLanes <= head_dim; d += kLanes) store(words + d, interleave(even + d, odd + d));
+    if (d == head_dim) continue;
+    bf16 tail[2][kLanes] = {};
+    memcpy(tail[0], even + d, static_cast<size_t>(head_dim - d) * sizeof(bf16));
+    memcpy(tail[1], odd + d, static_cast<size_t>(head_dim - d) * sizeof(bf16));
+    store(words + d, interleave(tail[0], tail[1]));
   }
 }
 
-// Turns the scores of keys [lo, hi) of a tile into weights and brings the line's softmax forward.
-// distance: position of the tile's first key less the row's.
+// Turns a line's scores of a tile into weights, of which those beside [lo, hi) are 0, and brings
+// its softmax forward. distance: position of the tile's first key less the row's.
+template <class W>
 static void weigh(const AttentionLayer& layer, float slope, int64_t distance, int64_t lo, int64_t hi,
-                  float* scores, float* top, float* weight_sum, float* keep) {
-  static const float kRamp[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  const int64_t from = lo / kLanes * kLanes, to = round_up(hi, kLanes);
-  for (int64_t i = from; i < to; i += kLanes) {
-    Vec x = mul(load(scores + i), splat(layer.scale));
-    if (layer.softcap > 0.0f) {
-      x = mul(tanh(mul(x, splat(1.0f / layer.softcap))), splat(layer.softcap));
-    }
-    if (layer.slopes != nullptr) {
-      const Vec away = add(splat(static_cast<float>(distance + i)), load(kRamp));
-      x = fma(splat(slope), away, x);
-    }
-    store(scores + i, x);
+                  const float* scores, W* weights, float* top, float* weight_sum, float* keep) {
+  static const float kRamp[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  constexpr int kVecs = kTile / kLanes;
+  const Vec ramp = load(kRamp), nothing = splat(-kInfinity);
+  Vec x[kVecs];
+  for (int i = 0; i < kVecs; ++i) x[i] = mul(load(scores + i * kLanes), splat(layer.scale));
+  if (layer.softcap > 0.0f) {
+    const Vec inverse = splat(1.0f / layer.softcap);
+    for (int i = 0; i < kVecs; ++i) x[i] = mul(tanh(mul(x[i], inverse)), splat(layer.softcap));
   }
-  for (int64_t i = from; i < lo; ++i) scores[i] = -kInfinity;
-  for (int64_t i = hi; i < to; ++i) scores[i] = -kInfinity;
+  if (layer.slopes != nullptr) {
+    for (int i = 0; i < kVecs; ++i) {
+      const Vec away = add(splat(static_cast<float>(distance + i * kLanes)), ramp);
+      x[i] = fma(splat(slope), away, x[i]);
+    }
+  }
+  if (lo > 0 || hi < kTile) {
+    const Vec first = splat(static_cast<float>(lo)), end = splat(static_cast<float>(hi));
+    for (int i = 0; i < kVecs; ++i) {
+      const Vec key = add(splat(static_cast<float>(i * kLanes)), ramp);
+      x[i] = select_below(key, first, nothing, select_below(key, end, x[i], nothing));
+    }
+  }
   Vec highest = splat(*top);
-  for (int64_t i = from; i < to; i += kLanes) highest = max(highest, load(scores + i));
+  for (int i = 0; i < kVecs; ++i) highest = max(highest, x[i]);
   const float new_top = max_lane(highest), shift = shift_of(new_top);
-  Vec weights = zero();
-  for (int64_t i = from; i < to; i += kLanes) {
-    const Vec weight = exp(sub(load(scores + i), splat(shift)));
-    store(scores + i, weight);
-    weights = add(weights, weight);
+  Vec sums = zero();
+  for (int i = 0; i < kVecs; ++i) {
+    const Vec weight = exp(sub(x[i], splat(shift)));
+    store(weights + i * kLanes, weight);
+    sums = add(sums, weight);
   }
   *keep = exp_of(*top - shift);
-  *weight_sum = *weight_sum * *keep + sum(weights);
+  *weight_sum = *weight_sum * *keep + sum(sums);
   *top = new_top;
 }
 
+// acc [lines][width] = keep * acc + weights times the values of keys [lo, hi) of a tile. Of a pair
+// of which only one key is seen, the other's value is taken as 0: it may be NaN, and 0 * NaN is NaN.
+template <class E>
+static void add_values(const Sizes& sizes, int64_t lines, const Hidden<E>* weights, int64_t stride,
+                       int64_t lo, int64_t hi, const float* keep, const Scratch& s, float* acc) {
+  const int64_t width = sizes.width, vecs = width / kLanes;
+  const auto add = [&](int64_t key, const float* values, int64_t depth) {
+    product<E>(lines, vecs, weights + key, stride, reinterpret_cast<const E*>(values),
+               width * kDepth<E>, depth, keep, acc, width);
+    keep = s.ones;
+  };
+  const auto add_one = [&](int64_t key) {
+    const int64_t pair = key / 2;
+    const uint32_t mask = key % 2 ? 0xffff0000u : 0x0000ffffu;
+    for (int64_t d = 0; d < width; ++d) {
+      s.edge[d] = bits_to_float(float_to_bits(s.values[pair * width + d]) & mask);
+    }
+    add(pair * 2, s.edge, 2);
+  };
+  if constexpr (kDepth<E> == 1) return add(lo, s.values + lo * width, hi - lo);
+  if (lo % 2) add_one(lo++);
+  if (hi - lo > 1) add(lo, s.values + lo / 2 * width, (hi - lo) / 2 * 2);
+  if ((hi - lo) % 2) add_one(hi - 1);
+}
+
 // Weights and values of one head's lines, in runs of rows that see the same keys [lo, hi) of a tile.
+template <class E>
 static void weigh_and_add(const Call& call, const Sizes& sizes, const Unit& unit, int64_t head,
                           int64_t tile, int64_t lo, int64_t hi, const Scratch& s, const Part& part) {
   const AttentionLayer& layer = *call.layer;
   const int64_t group = sizes.group;
+  Hidden<E>* const weights = reinterpret_cast<Hidden<E>*>(s.scores);
+  constexpr int64_t kStride = kTile * sizeof(float) / sizeof(Hidden<E>);
   for (int64_t r = 0, next; r < unit.rows; r = next) {
     const Span span = seen(layer, unit.position + r, lo, hi);
     for (next = r; next < unit.rows; ++next) {
@@ -215,12 +270,11 @@ static void weigh_and_add(const Call& call, const Sizes& sizes, const Unit& unit
       const float slope = layer.slopes ? layer.slopes[head * group + i % group] : 0.0f;
       const int64_t distance = tile - (unit.position + i / group);
       weigh(layer, slope, distance, span.lo - tile, span.hi - tile, s.scores + i * kTile,
-            part.top + i, part.sum + i, s.keep + i);
+            weights + i * kStride, part.top + i, part.sum + i, s.keep + i);
     }
-    product<float>((next - r) * group, sizes.width / kLanes,
-                   s.scores + r * group * kTile + span.lo - tile, kTile,
-                   s.values + (span.lo - tile) * sizes.width, sizes.width, span.hi - span.lo,
-                   s.keep + r * group, part.acc + r * group * sizes.width, sizes.width);
+    add_values<E>(sizes, (next - r) * group, weights + r * group * kStride, kStride,
+                  span.lo - tile, span.hi - tile, s.keep + r * group, s,
+                  part.acc + r * group * sizes.width);
   }
 }
 
@@ -244,12 +298,13 @@ static void attend_tile(const Call& call, const Sizes& sizes, const Unit& unit, 
              reinterpret_cast<const E*>(s.keys + from), kTile * kDepth<E>, sizes.depth, nullptr,
              s.scores + from, kTile);
   for (int64_t i = from; i < to; i += kLanes) {
-    pack_values(v_cache, here.at + i, head_dim, sizes.width, s.values + i * sizes.width);
+    pack_values(v_cache, here.at + i, head_dim, sizes.width,
+                s.values + i / kDepth<E> * sizes.width);
     prefetch(v_cache, ahead.at + i, head_dim);
   }
   const Part lines = {part.top + first_line, part.sum + first_line,
                       part.acc + first_line * sizes.width};
-  weigh_and_add(call, sizes, unit, unit.head + j, tile, lo, hi, s, lines);
+  weigh_and_add<E>(call, sizes, unit, unit.head + j, tile, lo, hi, s, lines);
 }
 
 // The keys of one split, [lo, hi).
