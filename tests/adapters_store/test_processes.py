@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -71,6 +72,8 @@ class KillAtLine:
 def life(root: Path, sources: Sources, round: int) -> None:
     """All that changes a store, from opening it on."""
     store = Store(root)
+    with contextlib.suppress(NotFound):
+        store.delete("acme/passing")
     store.publish("acme/steady", sources[round % 6], ["prod"])
     gone = store.publish("acme/passing", sources[6 + round % 3])
     store.publish("acme/passing", sources[9 + round % 3], ["prod"])
