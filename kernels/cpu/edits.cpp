@@ -2,9 +2,10 @@
 //
 // The plan cuts the rows into segments: at most 64 rows of one adapter. For each segment and slice
 // `shrink` computes h = A x (dot products along x's own direction, A row-major [r, in]) and `expand`
-// adds B h (lanes are outputs, B packed [out/16][r/depth][16][depth]; depth 2 for bf16, else 1).
-// Both hold a register tile of rows x ranks or rows x outputs, so one row streams A and B from
-// memory once, and many rows load each operand once for several products.
+// adds B h (lanes are outputs, B packed as kernels/cpu/edits.py says). Both hold a register tile of
+// rows x ranks or rows x outputs, so that many rows load each operand once for several products. A
+// job's first rows read A and B strictly in the order of memory, which is what the hardware's
+// prefetchers follow: with tiles that walk several streams, a decode step took twice as long.
 //
 // A result is one accumulator's sum in a fixed order whatever the tile's shape, so a row's bits
 // depend neither on the rows beside it nor on the number of threads.
@@ -18,8 +19,14 @@ namespace manylora {
 namespace MANYLORA_ISA {
 namespace {
 
-constexpr int64_t kBlock = 16;  // outputs of a block of packed B
-constexpr int64_t kMaxSegment = 64;
+constexpr int64_t kBlock = 64;  // outputs of a block of packed B; the last one may have 16, 32, 48
+constexpr int64_t kUnit = 16;   // the outputs of a block are a multiple of this
+constexpr int kTileRows = kManyRegisters ? 4 : 2;
+constexpr int64_t kMaxSegment = 64;  // MAX_SEGMENT_ROWS of kernels/plan.py
+
+// Reading A in order leaves each rank's sum as one chain of dependent additions. Where lanes are
+// few, a chain longer than this takes longer than memory does.
+constexpr int64_t kLongestChain = kLanes >= 16 ? INT64_MAX : 2048;
 
 // kernels/table.py: SliceGroup
 struct Group {
@@ -118,31 +125,47 @@ void shrink_tile(const T* const* x, const T* a, int64_t in, Hidden<T>* h, int64_
   }
 }
 
-// Ranks [begin, end) of R rows.
-template <class T, int R>
-void shrink_rows(const T* const* x, const T* a, int64_t in, int64_t begin, int64_t end,
-                 Hidden<T>* h, int64_t h_stride) {
-  constexpr int kWide = R == 1 ? 8 : 4;
-  int64_t j = begin;
-  for (; j + kWide <= end; j += kWide) {
-    shrink_tile<T, R, kWide>(x, a + j * in, in, h + j, h_stride);
+// Ranks [begin, end) of R rows, J at a time.
+template <class T, int R, int J>
+void shrink_ranks(const T* const* x, const Job<T>& job, int64_t in, int64_t begin, int64_t end,
+                  Hidden<T>* h) {
+  for (; begin + J <= end; begin += J) {
+    shrink_tile<T, R, J>(x, job.a + begin * in, in, h + begin, job.padded_rank);
   }
-  for (; j < end; ++j) shrink_tile<T, R, 1>(x, a + j * in, in, h + j, h_stride);
+  for (; begin < end; ++begin) {
+    shrink_tile<T, R, 1>(x, job.a + begin * in, in, h + begin, job.padded_rank);
+  }
+}
+
+// The first rows to meet A read it in order; for the others it lies in the cache.
+template <class T, int R>
+void shrink_rows(const T* const* x, const Job<T>& job, int64_t in, int64_t begin, int64_t end,
+                 Hidden<T>* h, bool first) {
+  if (first && in <= kLongestChain) {
+    shrink_ranks<T, R, 1>(x, job, in, begin, end, h);
+  } else {
+    shrink_ranks<T, R, 4>(x, job, in, begin, end, h);
+  }
 }
 
 // Rows [row, row_end) and ranks [begin, end) of a job.
 template <class T>
 void shrink(const Tensors<T>& t, const Job<T>& job, int64_t row, int64_t row_end, int64_t begin,
             int64_t end) {
-  constexpr int R = kManyRegisters ? 4 : 2;
   const T* x[kMaxSegment];
   for (int64_t i = row; i < row_end; ++i) x[i] = t.x + job.rows[i] * t.x_stride;
-  const int64_t stride = job.padded_rank;
-  for (; row + R <= row_end; row += R) {
-    shrink_rows<T, R>(x + row, job.a, t.in, begin, end, job.h + row * stride, stride);
-  }
-  for (; row < row_end; ++row) {
-    shrink_rows<T, 1>(x + row, job.a, t.in, begin, end, job.h + row * stride, stride);
+  bool first = row == 0;
+  for (int64_t left; (left = row_end - row) > 0; row += kTileRows, first = false) {
+    Hidden<T>* h = job.h + row * job.padded_rank;
+    if (left >= kTileRows) {
+      shrink_rows<T, kTileRows>(x + row, job, t.in, begin, end, h, first);
+    } else if (left == 1) {
+      shrink_rows<T, 1>(x + row, job, t.in, begin, end, h, first);
+    } else if (left == 2) {
+      shrink_rows<T, 2>(x + row, job, t.in, begin, end, h, first);
+    } else {
+      shrink_rows<T, 3>(x + row, job, t.in, begin, end, h, first);
+    }
   }
 }
 
@@ -158,22 +181,21 @@ MANYLORA_INLINE void finish(T* y, const Job<T>& job, int64_t column, Vec product
   store(y, result, n...);
 }
 
-// C vectors of columns, from `column` of the slice, of R rows of the job.
+// C vectors of columns, from `column` of the slice, of R rows of the job. `b` is where the
+// columns' part of a block begins that is `width` columns wide.
 template <class T, int R, int C>
-void expand_tile(const Tensors<T>& t, const Job<T>& job, int64_t row, int64_t column) {
+void expand_tile(const Tensors<T>& t, const Job<T>& job, int64_t row, int64_t column, const T* b,
+                 int64_t width) {
   Vec acc[R][C];
-  for (auto& vectors : acc) {
-    for (Vec& v : vectors) v = zero();
+  for (int i = 0; i < R; ++i) {
+    for (int c = 0; c < C; ++c) acc[i][c] = zero();
   }
   const Hidden<T>* h = job.h + row * job.padded_rank;
-  const T* b = job.b + column / kBlock * kBlock * job.padded_rank + column % kBlock * kDepth<T>;
   for (int64_t j = 0; j < job.padded_rank; j += kDepth<T>) {
     Operand<T> hs[R];
     for (int i = 0; i < R; ++i) hs[i] = broadcast<T>(h + i * job.padded_rank + j);
     for (int c = 0; c < C; ++c) {
-      const int64_t block = c * kLanes / kBlock, lane = c * kLanes % kBlock;
-      const Operand<T> bs = load_operand<T>(b + block * kBlock * job.padded_rank +
-                                            lane * kDepth<T> + j * kBlock);
+      const Operand<T> bs = load_operand<T>(b + j * width + c * kStep<T>);
       for (int i = 0; i < R; ++i) acc[i][c] = dot(acc[i][c], bs, hs[i]);
     }
   }
@@ -190,22 +212,35 @@ void expand_tile(const Tensors<T>& t, const Job<T>& job, int64_t row, int64_t co
   }
 }
 
-// One vector or one block of columns of every row, R rows at a time.
-template <class T, int C>
-void expand_columns(const Tensors<T>& t, const Job<T>& job, int64_t column) {
-  constexpr int R = kManyRegisters ? 4 : 2;
+// `width` columns of every row, a block of B or what is left of one: C vectors at a time for a
+// tile of rows, C1 for a row that is left over.
+template <class T, int C, int C1>
+void expand_block(const Tensors<T>& t, const Job<T>& job, int64_t column, int64_t width) {
+  const T* b = job.b + column * job.padded_rank;
   int64_t row = 0;
-  for (; row + R <= job.row_count; row += R) expand_tile<T, R, C>(t, job, row, column);
-  for (; row < job.row_count; ++row) expand_tile<T, 1, C>(t, job, row, column);
+  for (; row + kTileRows <= job.row_count; row += kTileRows) {
+    for (int64_t c = 0; c < width; c += C * kLanes) {
+      expand_tile<T, kTileRows, C>(t, job, row, column + c, b + c * kDepth<T>, width);
+    }
+  }
+  for (; row < job.row_count; ++row) {
+    for (int64_t c = 0; c < width; c += C1 * kLanes) {
+      expand_tile<T, 1, C1>(t, job, row, column + c, b + c * kDepth<T>, width);
+    }
+  }
 }
 
 // Columns [begin, end) of the slice, `begin` at a block's start.
 template <class T>
 void expand(const Tensors<T>& t, const Job<T>& job, int64_t begin, int64_t end) {
-  constexpr int C = 4 < kBlock / kLanes ? kBlock / kLanes : 4;
+  constexpr int kAll = kBlock / kLanes, kSome = kUnit / kLanes;
   int64_t column = begin;
-  for (; column + C * kLanes <= end; column += C * kLanes) expand_columns<T, C>(t, job, column);
-  for (; column < end; column += kLanes) expand_columns<T, 1>(t, job, column);
+  for (; column + kBlock <= end; column += kBlock) {
+    expand_block<T, 4, kAll < 8 ? kAll : 8>(t, job, column, kBlock);
+  }
+  if (column < end) {
+    expand_block<T, kSome, kSome>(t, job, column, (end - column + kUnit - 1) / kUnit * kUnit);
+  }
 }
 
 // ---- one call ----
@@ -215,7 +250,8 @@ constexpr int64_t kSerialCost = 100000;
 // A job is cut into pieces where there are fewer jobs than this for each thread.
 constexpr int64_t kJobsPerWorker = 4;
 // Sizes of a piece. Ranks keep shrink's widest tile, columns are whole blocks.
-constexpr int64_t kPieceRows = 16, kPieceRanks = 8, kPieceColumns = 256, kPieceColumnsOneRow = 1024;
+constexpr int64_t kPieceRows = 16, kPieceRanks = 8;
+constexpr int64_t kPieceColumns = 256, kPieceColumnsOneRow = 1024;
 
 template <class E>
 E* allocate(int64_t count) {

@@ -10,7 +10,8 @@ from manylora.kernels.cpu import library
 from manylora.kernels.plan import Plan
 from manylora.kernels.table import EditTable, SliceGroup
 
-_BLOCK = 16
+_BLOCK = 64
+_UNIT = 16
 _DTYPES = library.DTYPES
 
 _apply = library.kernel(
@@ -26,21 +27,24 @@ _scale_rows = library.kernel(
 
 
 def pack_b(b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """B [out, r] as the kernel streams it: flat [out/16][r/d][16][d], padded with zeros.
+    """B [out, r] as the kernel streams it, flat: blocks of 64 outputs, [r/d][64][d] each.
 
-    d, the depth, is 2 for bfloat16 (pairs of ranks, for vdpbf16ps), else 1.
+    The last block has 16, 32 or 48 outputs where that is enough. d, the depth, is 2 for bfloat16
+    (pairs of ranks, for vdpbf16ps), else 1. Padded with zeros to whole pairs and 16 outputs.
     """
     out, rank = b.shape
-    blocks, pairs, depth = _packed_shape(out, rank, dtype)
-    padded = torch.zeros(blocks * _BLOCK, pairs * depth, dtype=dtype)
+    outs, ranks, depth = _padded(out, rank, dtype)
+    padded = torch.zeros(outs, ranks, dtype=dtype)
     padded[:out, :rank] = b
-    return padded.view(blocks, _BLOCK, pairs, depth).permute(0, 2, 1, 3).flatten()
+    whole = outs // _BLOCK * _BLOCK
+    parts = (padded[:whole].view(-1, _BLOCK, ranks), padded[whole:].unsqueeze(0))
+    return torch.cat([_depth_first(part, depth) for part in parts])
 
 
 def packed_b_numel(out: int, r: int, dtype: torch.dtype) -> int:
     """Elements of `pack_b`'s result."""
-    blocks, pairs, depth = _packed_shape(out, r, dtype)
-    return blocks * _BLOCK * pairs * depth
+    outs, ranks, _ = _padded(out, r, dtype)
+    return outs * ranks
 
 
 def apply_edits_(
@@ -123,10 +127,15 @@ def scale_inputs(
     return scaled
 
 
-def _packed_shape(out: int, rank: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Blocks of 16 outputs, groups of `depth` ranks, depth."""
+def _padded(out: int, rank: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Outputs and ranks with padding, and the depth."""
     depth = 2 if dtype == torch.bfloat16 else 1
-    return -(-out // _BLOCK), -(-rank // depth), depth
+    return -(-out // _UNIT) * _UNIT, -(-rank // depth) * depth, depth
+
+
+def _depth_first(blocks: torch.Tensor, depth: int) -> torch.Tensor:
+    """[blocks, outputs, ranks] to flat [blocks, ranks / depth, outputs, depth]."""
+    return blocks.unflatten(2, (-1, depth)).transpose(1, 2).flatten()
 
 
 def _misfit(
