@@ -137,7 +137,7 @@ class Engine:
         Raises InvalidArgument or FailedPrecondition if it is broken, not served or does not fit
         the base.
         """
-        lowered = lower(read_checkpoint(path), self.model.modules)
+        lowered = lower(read_checkpoint(path), self.model.modules, self.model.parameter)
         return pack(lowered, self._module_ids, self.kernels, self.model.dtype)
 
     # -- the thread ----------------------------------------------------------------------------
