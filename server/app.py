@@ -6,8 +6,11 @@ import asyncio
 import json
 import logging
 import signal
+import sys
 import threading
 from contextlib import closing
+
+from transformers.utils.logging import disable_progress_bar
 
 from manylora.adapters_store.store import Store
 from manylora.server.config import Settings
@@ -27,6 +30,8 @@ def run(settings: Settings) -> None:
         FailedPrecondition: the model cannot be served, or an address cannot be listened on.
     """
     setup_logging(settings.log_level)
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # of transformers' loader: it would garble the log
     observer = PrometheusObserver(settings.metric_adapters)
     ready = threading.Event()
     http = HttpEndpoint(settings.host, settings.http_port, observer.registry, ready.is_set)
