@@ -16,7 +16,13 @@ from manylora.adapters_store.adapter_version import AdapterVersion
 from manylora.adapters_store.names import check_alias, check_name
 from manylora.adapters_store.store import Page, Store
 from manylora.adapters_store.upload import Upload
-from manylora.errors import FailedPrecondition, InvalidArgument, ManyloraError, NotFound
+from manylora.errors import (
+    FailedPrecondition,
+    InvalidArgument,
+    ManyloraError,
+    NotFound,
+    Unavailable,
+)
 from manylora.server.engine.front import AsyncEngine
 from manylora.server.engine.types import AdapterKey, Residency, ResidencyState
 from manylora.server.rpc.gate import Context
@@ -85,13 +91,17 @@ class AdapterService(pb_grpc.AdapterServiceServicer):
         return _version(version, await self._residencies())
 
     def _check(self) -> Callable[[Path], None]:
-        """The store's last check, called on a thread: does it fit the base model?"""
-        loop = asyncio.get_running_loop()
+        """The store's last check, called on a thread: does it fit the base model, and is the
+        caller still there? (gRPC ends a broken upload as it ends a whole one, and only then
+        cancels the call.)"""
+        loop, call = asyncio.get_running_loop(), asyncio.current_task()
 
-        def check(path: Path) -> None:
-            asyncio.run_coroutine_threadsafe(self._engine.check_fit(path), loop).result()
+        async def check(path: Path) -> None:
+            await self._engine.check_fit(path)
+            if call is not None and call.cancelling():
+                raise Unavailable("the caller has gone")
 
-        return check
+        return lambda path: asyncio.run_coroutine_threadsafe(check(path), loop).result()
 
     async def GetAdapter(
         self, request: pb.GetAdapterRequest, context: Context

@@ -353,7 +353,7 @@ def test_unload_is_refused_while_in_use(
     stubs.publish(f"tenants/{tenant}", "a", _unique(adapter_dirs[0], tenant))
     name = f"tenants/{tenant}/adapters/a"
     stream = stubs.inference.StreamGenerate(
-        text_request("hello", f"{tenant}/a", max_tokens=1000, ignore_eos=True)
+        text_request("hello", f"{tenant}/a", max_tokens=4000, ignore_eos=True)
     )
     next(stream)
     unload = pb.UnloadAdapterRequest(name=name)

@@ -15,7 +15,7 @@ from manylora_testing.models import tiny_model
 from manylora_testing.served import Served, served
 from manylora_testing.tokenizer import TOKENIZER_VOCAB, tiny_tokenizer
 
-CONTEXT = 1024
+CONTEXT = 4096
 LIMITS = Limits(max_config_bytes=64 << 10, max_weights_bytes=1 << 20)
 
 
