@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from manylora.server.engine.model.probe import AttentionCall, check_keywords
+from manylora.server.engine.model.record import AttentionCall, check_keywords
 from manylora.server.engine.model.step import StepState
 
 ATTENTION = "manylora_paged"

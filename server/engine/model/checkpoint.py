@@ -39,12 +39,14 @@ def read_model(path: Path, dtype: str, device: torch.device) -> PreTrainedModel:
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported and refused below
         )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise FailedPrecondition(
             f"the base model could not be loaded: {error}", field="model"
         ) from error
-    lacking = sorted(info["missing_keys"]) + [str(key) for key in info["mismatched_keys"]]
+    mismatched = [f"{name} {list(shape)}" for name, shape, _ in info["mismatched_keys"]]
+    lacking = sorted(info["missing_keys"]) + mismatched
     if lacking:
         raise FailedPrecondition(
             "the checkpoint lacks tensors of its model, or has them in another shape",

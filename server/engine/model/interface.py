@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bloom.modeling_bloom import BloomAttention, _get_alibi_slopes
@@ -49,6 +49,9 @@ class InterfacedFalconAttention(FalconAttention):  # type: ignore[misc]
             grouped = fused.view(*fused.shape[:2], self.num_kv_heads, -1, self.head_dim)
             q, k, v = grouped[..., :-2, :].flatten(2, 3), grouped[..., -2, :], grouped[..., -1, :]
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
+TWINS: frozenset[type[nn.Module]] = frozenset({InterfacedBloomAttention, InterfacedFalconAttention})
 
 
 def make_interfaced(model: PreTrainedModel) -> None:

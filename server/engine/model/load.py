@@ -47,7 +47,7 @@ def load_model(path: Path, dtype: str, device: torch.device, kernels: Backend) -
 
 
 def _adapt(model: PreTrainedModel, kernels: Backend) -> AdaptedModel:
-    expected = selfcheck.expected_logits(model)
+    selfcheck.check_positions(model)
     head = _head(model)
     make_interfaced(model)
     seen = probe(model, head)
@@ -64,7 +64,7 @@ def _adapt(model: PreTrainedModel, kernels: Backend) -> AdaptedModel:
         max_context=max_context(model.config),
         eos_token_ids=eos_token_ids(model),
     )
-    selfcheck.check(adapted, expected)
+    selfcheck.check_rows(adapted)
     return adapted
 
 
