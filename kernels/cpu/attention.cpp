@@ -24,7 +24,7 @@ namespace manylora {
 namespace MANYLORA_ISA {
 namespace {
 
-constexpr int64_t kTile = 64;
+constexpr int64_t kTile = 32;
 
 // The element type of a tile of keys or values.
 template <class T>
@@ -106,25 +106,29 @@ static void merge(const Part& from, const Part& into, int64_t lines, int64_t wid
   }
 }
 
-// Where keys and values of KV head 0 lie, in elements from the start of the cache, by position in
+// Where keys and values of a KV head lie, in elements from the start of the cache, by position in
 // the tile. Positions beside the wanted ones repeat the nearest of them, so that nothing branches.
 struct Places {
   int64_t at[kTile];
 };
 
-static void find(const Call& call, int64_t sequence, int64_t tile, int64_t lo, int64_t hi,
-                 Places* places) {
+// The part of [lo, hi) that lies in lo's tile.
+static int64_t find(const Call& call, int64_t sequence, int64_t head, int64_t lo, int64_t hi,
+                    Places* places) {
   const AttentionLayer& layer = *call.layer;
+  const int64_t tile = lo / kTile * kTile;
+  hi = smaller(hi, tile + kTile);
   const int32_t* const table = call.batch->block_table + sequence * call.batch->table_stride;
   int64_t* const at = places->at;
   for (int64_t key = lo; key < hi;) {
     const int64_t block = key / layer.block_size, offset = key % layer.block_size;
     const int64_t end = smaller(hi, key - offset + layer.block_size);
-    int64_t place = layer.place(table[block], 0) + offset * layer.head_dim;
+    int64_t place = layer.place(table[block], head) + offset * layer.head_dim;
     for (; key < end; ++key, place += layer.head_dim) at[key - tile] = place;
   }
   for (int64_t j = 0; j < lo - tile; ++j) at[j] = at[lo - tile];
   for (int64_t j = hi - tile; j < kTile; ++j) at[j] = at[hi - tile - 1];
+  return hi;
 }
 
 template <class T>
@@ -281,25 +285,25 @@ static void weigh_and_add(const Call& call, const Sizes& sizes, const Unit& unit
 // One tile, of which some row sees the keys [lo, hi), with one head of the unit.
 template <class T>
 static void attend_tile(const Call& call, const Sizes& sizes, const Unit& unit, int64_t j,
-                        int64_t tile, int64_t lo, int64_t hi, const Places& here,
-                        const Places& ahead, const Scratch& s, const Part& part) {
+                        int64_t lo, int64_t hi, const Places& here, const Places& ahead,
+                        const Scratch& s, const Part& part) {
   using E = typename TileOf<T>::type;
   const int64_t head_dim = call.layer->head_dim, first_line = j * unit.head_lines;
-  const int64_t shift = (unit.head + j) * call.layer->block_size * head_dim;
+  const int64_t shift = j * call.layer->block_size * head_dim, tile = lo / kTile * kTile;
   const T* const k_cache = static_cast<const T*>(call.k_cache) + shift;
   const T* const v_cache = static_cast<const T*>(call.v_cache) + shift;
   const int64_t from = (lo - tile) / kLanes * kLanes, to = round_up(hi - tile, kLanes);
-  for (int64_t i = from; i < to; i += kLanes) {
-    pack_keys(k_cache, here.at + i, head_dim, s.keys + i);
+  for (int64_t i = 0; i < kTile; i += kLanes) {
+    if (from <= i && i < to) pack_keys(k_cache, here.at + i, head_dim, s.keys + i);
     prefetch(k_cache, ahead.at + i, head_dim);
   }
   product<E>(unit.head_lines, (to - from) / kLanes,
              static_cast<const Hidden<E>*>(s.q) + first_line * sizes.depth, sizes.depth,
              reinterpret_cast<const E*>(s.keys + from), kTile * kDepth<E>, sizes.depth, nullptr,
              s.scores + from, kTile);
-  for (int64_t i = from; i < to; i += kLanes) {
-    pack_values(v_cache, here.at + i, head_dim, sizes.width,
-                s.values + i / kDepth<E> * sizes.width);
+  for (int64_t i = 0; i < kTile; i += kLanes) {
+    float* const words = s.values + i / kDepth<E> * sizes.width;
+    if (from <= i && i < to) pack_values(v_cache, here.at + i, head_dim, sizes.width, words);
     prefetch(v_cache, ahead.at + i, head_dim);
   }
   const Part lines = {part.top + first_line, part.sum + first_line,
@@ -307,21 +311,21 @@ static void attend_tile(const Call& call, const Sizes& sizes, const Unit& unit, 
   weigh_and_add<E>(call, sizes, unit, unit.head + j, tile, lo, hi, s, lines);
 }
 
-// The keys of one split, [lo, hi).
+// The keys of one split, [lo, hi). next: the unit that this thread will probably come to then.
 template <class T>
-static void attend_split(const Call& call, const Sizes& sizes, const Unit& unit, int64_t lo,
-                         int64_t hi, const Scratch& s, const Part& part) {
+static void attend_split(const Call& call, const Sizes& sizes, const Unit& unit, const Unit& next,
+                         int64_t lo, int64_t hi, const Scratch& s, const Part& part) {
   clear(part, unit.lines(), sizes.width);
-  Places places[2];
+  Places here, ahead;
   for (int64_t key = lo, end; key < hi; key = end) {
-    const int64_t tile = key / kTile * kTile;
-    end = smaller(hi, tile + kTile);
-    find(call, unit.sequence, tile, key, end, &places[0]);
-    const bool last = end == unit.hi;
-    find(call, unit.sequence, last ? tile : end, last ? key : end,
-         smaller(unit.hi, last ? end : end + kTile), &places[1]);
+    end = find(call, unit.sequence, unit.head, key, hi, &here);
+    if (end < unit.hi) {
+      find(call, unit.sequence, unit.head, end, unit.hi, &ahead);
+    } else {
+      find(call, next.sequence, next.head, next.lo, next.hi, &ahead);
+    }
     for (int64_t j = 0; j < unit.heads; ++j) {
-      attend_tile<T>(call, sizes, unit, j, tile, key, end, places[0], places[1], s, part);
+      attend_tile<T>(call, sizes, unit, j, key, end, here, ahead, s, part);
     }
   }
 }
@@ -382,7 +386,7 @@ static void write_out(const Call& call, const Sizes& sizes, const Unit& unit, co
 }
 
 template <class T>
-static void attend(const Call& call, const Sizes& sizes, const Task& task) {
+static void attend(const Call& call, const Sizes& sizes, const Task& task, const Unit& next) {
   Unit& unit = *task.unit;
   const int64_t lines = unit.lines();
   const Scratch s = scratch_of(sizes);
@@ -396,7 +400,7 @@ static void attend(const Call& call, const Sizes& sizes, const Task& task) {
   for (int64_t i = task.first_split; i < task.first_split + task.splits; ++i) {
     const int64_t lo = larger(unit.lo, i * kSplit), hi = smaller(unit.hi, (i + 1) * kSplit);
     const Part part = whole ? s.part : partial(i);
-    attend_split<T>(call, sizes, unit, lo, hi, s, part);
+    attend_split<T>(call, sizes, unit, next, lo, hi, s, part);
     if (whole) merge(part, s.total, lines, sizes.width);
   }
   if (!whole) {
@@ -420,8 +424,11 @@ static void run(const Call& call) {
   sizes.depth = round_up(layer.head_dim, kDepth<typename TileOf<T>::type>);
   sizes.width = round_up(layer.head_dim, kLanes);
   const Work work = make_work(call, sizes);
-  parallel_tasks(work.task_count, threads(),
-                 [&](int64_t i) { attend<T>(call, sizes, work.tasks[i]); });
+  const int64_t workers = threads();
+  parallel_tasks(work.task_count, workers, [&](int64_t i) {
+    const int64_t next = smaller(i + workers, work.task_count - 1);
+    attend<T>(call, sizes, work.tasks[i], *work.tasks[next].unit);
+  });
   release(work);
 }
 

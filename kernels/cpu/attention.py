@@ -45,16 +45,34 @@ class Layer(ctypes.Structure):
 
 @functools.lru_cache(maxsize=4096)
 def layer(
-    shape: tuple[int, int, int, int],
-    dtype: torch.dtype,
+    heads: int,
+    head_dim: int,
+    k_shape: torch.Size,
+    v_shape: torch.Size,
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
     scale: float = 1.0,
     window: int = 0,
     softcap: float = 0.0,
     slopes: int = 0,
     sinks: int = 0,
 ) -> Layer:
-    """The struct for a layer's calls; shape is heads, kv_heads, head_dim, block_size."""
-    found = Layer(*shape, window, slopes or None, sinks or None, scale, softcap, _DTYPES[dtype])
+    """What stays the same over a layer's calls, checked once.
+
+    Args:
+        heads, head_dim: of q, or of k where it is written.
+        k_shape, v_shape: of the caches.
+        dtypes: of q and the two caches.
+        slopes, sinks: addresses, or 0.
+    """
+    _, kv_heads, block_size, cache_dim = k_shape
+    if heads % kv_heads or head_dim != cache_dim or v_shape != k_shape or len(set(dtypes)) != 1:
+        raise ValueError(
+            "attention: wanted heads a multiple of the caches' kv_heads, one head_dim, one dtype; "
+            f"found {heads} heads of {head_dim}, caches {tuple(k_shape)} and {tuple(v_shape)}, "
+            f"{dtypes}"
+        )
+    sizes = (heads, kv_heads, head_dim, block_size, window)
+    found = Layer(*sizes, slopes or None, sinks or None, scale, softcap, _DTYPES[dtypes[0]])
     found.address = ctypes.addressof(found)
     return found
 
@@ -73,37 +91,35 @@ def paged_attention(
 ) -> torch.Tensor:
     """See `manylora.kernels.reference_attention.paged_attention`.
 
-    q may have any strides but the last, which is 1.
+    q may have any strides but the last, which is 1; the caches are contiguous.
 
     Raises:
         ValueError: tensors that do not fit each other or the batch.
     """
     rows, heads, head_dim = q.shape
-    _, kv_heads, block_size, cache_dim = k_cache.shape
     row_stride, head_stride, step = q.stride()
-    dtype = q.dtype
     if (
         step != 1
         or rows != batch.rows
-        or head_dim != cache_dim
-        or heads % kv_heads
-        or v_cache.shape != k_cache.shape
-        or k_cache.dtype != dtype
-        or v_cache.dtype != dtype
         or not k_cache.is_contiguous()
         or not v_cache.is_contiguous()
     ):
         raise _misfit(q, k_cache, v_cache, batch)
     fixed = layer(
-        (heads, kv_heads, head_dim, block_size),
-        dtype,
+        heads,
+        head_dim,
+        k_cache.shape,
+        v_cache.shape,
+        (q.dtype, k_cache.dtype, v_cache.dtype),
         scale,
         window,
         softcap,
         0 if slopes is None else _per_head("slopes", slopes, heads),
         0 if sinks is None else _per_head("sinks", sinks, heads),
     )
-    out = torch.empty(rows, heads, head_dim, dtype=dtype)
+    # empty_like is the quickest way to a tensor, but keeps the order of q's dimensions.
+    in_order = head_stride == head_dim and row_stride >= heads * head_dim
+    out = torch.empty_like(q) if in_order else torch.empty(q.shape, dtype=q.dtype)
     _attend(
         out.data_ptr(),
         q.data_ptr(),
@@ -130,23 +146,20 @@ def write_kv(
         ValueError: tensors that do not fit each other or the batch.
     """
     rows, kv_heads, head_dim = k.shape
-    _, cache_heads, block_size, cache_dim = k_cache.shape
     k_row, k_head, k_step = k.stride()
     v_row, v_head, v_step = v.stride()
-    dtype = k.dtype
     if (
         k_step != 1
         or v_step != 1
         or rows != batch.rows
-        or head_dim != cache_dim
-        or kv_heads != cache_heads
+        or kv_heads != k_cache.shape[1]
         or v.shape != k.shape
-        or v_cache.shape != k_cache.shape
-        or not dtype == v.dtype == k_cache.dtype == v_cache.dtype
+        or v.dtype != k.dtype
         or not k_cache.is_contiguous()
         or not v_cache.is_contiguous()
     ):
         raise _misfit(k, k_cache, v_cache, batch)
+    dtypes = (k.dtype, k_cache.dtype, v_cache.dtype)
     _write(
         k.data_ptr(),
         k_row,
@@ -157,7 +170,7 @@ def write_kv(
         k_cache.data_ptr(),
         v_cache.data_ptr(),
         batch.address,
-        layer((kv_heads, kv_heads, head_dim, block_size), dtype).address,
+        layer(kv_heads, head_dim, k_cache.shape, v_cache.shape, dtypes).address,
     )
 
 
@@ -175,8 +188,7 @@ def _misfit(
 ) -> ValueError:
     return ValueError(
         "attention: wanted q, k, v [rows, heads, head_dim] with contiguous last dimension, rows as "
-        "in the batch, heads a multiple of kv_heads, contiguous caches [blocks, kv_heads, "
-        "block_size, head_dim], one dtype; "
+        "in the batch, contiguous caches [blocks, kv_heads, block_size, head_dim]; "
         f"found {tuple(x.shape)} {x.stride()} {x.dtype}, batch of {batch.rows} rows, caches "
-        f"{tuple(k_cache.shape)} {k_cache.dtype} and {tuple(v_cache.shape)} {v_cache.dtype}"
+        f"{tuple(k_cache.shape)} {k_cache.stride()} and {tuple(v_cache.shape)} {v_cache.stride()}"
     )

@@ -55,6 +55,11 @@ static void product_lines(int64_t lines, const Hidden<E>* a, int64_t a_stride, c
   }
 }
 
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+
 // c [lines][vecs * kLanes] = keep[line] * c + a b; without keep, c = a b.
 // a: [lines][depth], b: [depth / kDepth][vecs * kLanes][kDepth]; strides in elements.
 // Each element of c is one accumulator's sum over ascending depth, whatever the size of the product.
@@ -62,15 +67,14 @@ template <class E>
 static void product(int64_t lines, int64_t vecs, const Hidden<E>* a, int64_t a_stride, const E* b,
                     int64_t b_stride, int64_t depth, const float* keep, float* c,
                     int64_t c_stride) {
+  const auto columns = [&](int64_t n, auto count) {
+    product_lines<E, decltype(count)::value>(lines, a, a_stride, b + n * kStep<E>, b_stride, depth,
+                                             keep, c + n * kLanes, c_stride);
+  };
   int64_t n = 0;
-  for (; n + kBlockVecs <= vecs; n += kBlockVecs) {
-    product_lines<E, kBlockVecs>(lines, a, a_stride, b + n * kStep<E>, b_stride, depth, keep,
-                                 c + n * kLanes, c_stride);
-  }
-  for (; n < vecs; ++n) {
-    product_lines<E, 1>(lines, a, a_stride, b + n * kStep<E>, b_stride, depth, keep,
-                        c + n * kLanes, c_stride);
-  }
+  for (; n + kBlockVecs <= vecs; n += kBlockVecs) columns(n, Count<kBlockVecs>());
+  if (kBlockVecs > 2 && n + 2 <= vecs) columns(n, Count<2>()), n += 2;
+  if (n < vecs) columns(n, Count<1>());
 }
 
 }  // namespace MANYLORA_ISA
