@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -9,6 +10,7 @@ from typing import Any, Self
 import grpc
 
 from manylora.client import requests, types
+from manylora.client.channel import open_channel
 from manylora.client.errors import translated
 from manylora.client.requests import Messages
 from manylora.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
@@ -36,18 +38,18 @@ class AsyncClient:
         timeout: float | None = None,
         options: Sequence[tuple[str, Any]] = (),
     ) -> None:
-        options = (("grpc.max_receive_message_length", -1), *options)
-        if root_certificates is None:
-            self._channel = grpc.aio.insecure_channel(target, options)
-        else:
-            credentials = grpc.ssl_channel_credentials(root_certificates)
-            self._channel = grpc.aio.secure_channel(target, credentials, options)
+        self._channel = open_channel(grpc.aio, target, root_certificates, options)
+        # grpc.aio loses the server's status where it ends an upload early (grpc/grpc issue 36066),
+        # so that uploads go over a channel of the other kind
+        self._upload_channel = open_channel(grpc, target, root_certificates, options)
         self._timeout = timeout
         self._inference: Any = inference_pb2_grpc.InferenceServiceStub(self._channel)  # type: ignore[no-untyped-call]
         self._adapters: Any = adapters_pb2_grpc.AdapterServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._uploads: Any = adapters_pb2_grpc.AdapterServiceStub(self._upload_channel)  # type: ignore[no-untyped-call]
 
     async def close(self) -> None:
         await self._channel.close()
+        self._upload_channel.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -170,9 +172,16 @@ class AsyncClient:
         self, name: str, path: str | Path, aliases: Sequence[str] = ()
     ) -> types.AdapterVersion:
         """Uploads the PEFT checkpoint in the directory `path` as a version of "tenant/adapter"."""
-        with requests.Upload(name, Path(path), aliases) as upload, translated():
-            answer = await self._adapters.PublishAdapter(iter(upload), timeout=self._timeout)
-        return types.adapter_version(answer)
+        messages = requests.upload(name, Path(path), aliases)
+        call = self._uploads.PublishAdapter.future(messages, timeout=self._timeout)
+        loop, done = asyncio.get_running_loop(), asyncio.Event()
+        call.add_done_callback(lambda _: loop.call_soon_threadsafe(done.set))
+        try:
+            await done.wait()
+        finally:
+            call.cancel()
+        with translated():
+            return types.adapter_version(call.result())
 
     async def import_adapter(
         self, name: str, path: str | Path, aliases: Sequence[str] = ()

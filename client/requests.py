@@ -128,35 +128,32 @@ def tenant_parent(tenant: str) -> str:
     return f"tenants/{tenant}" if tenant else ""
 
 
-class Upload:
-    """A checkpoint directory as PublishAdapter's messages. The files are opened at once, so that
-    what is missing is known before the call."""
+def upload(
+    name: str, directory: Path, aliases: Sequence[str]
+) -> Iterator[adapters_pb2.PublishAdapterRequest]:
+    """A checkpoint directory as PublishAdapter's messages.
 
-    def __init__(self, name: str, directory: Path, aliases: Sequence[str]) -> None:
-        """Raises InvalidArgument if a file is missing."""
-        self._header = publish_header(name, aliases)
-        self._files: dict[str, BinaryIO] = {}
-        self._stack = ExitStack()
-        weights = next((n for n in WEIGHTS_FILES if (directory / n).exists()), WEIGHTS_FILES[0])
+    Raises InvalidArgument, at once, if a file of it cannot be read.
+    """
+    weights = next((n for n in WEIGHTS_FILES if (directory / n).exists()), WEIGHTS_FILES[0])
+    files: dict[str, BinaryIO] = {}
+    with ExitStack() as opened:
         for file in (CONFIG_FILE, weights):
             try:
-                opened = (directory / file).open("rb")
+                files[file] = opened.enter_context((directory / file).open("rb"))
             except OSError as error:
-                self._stack.close()
                 raise InvalidArgument(
                     f"cannot read the checkpoint: {error.strerror}", field=file, found=directory
                 ) from None
-            self._files[file] = self._stack.enter_context(opened)
+        return _messages(publish_header(name, aliases), files, opened.pop_all())
 
-    def __enter__(self) -> Upload:
-        return self
 
-    def __exit__(self, *exception: object) -> None:
-        self._stack.close()
-
-    def __iter__(self) -> Iterator[adapters_pb2.PublishAdapterRequest]:
-        yield adapters_pb2.PublishAdapterRequest(header=self._header)
-        for path, file in self._files.items():
+def _messages(
+    header: adapters_pb2.PublishHeader, files: Mapping[str, BinaryIO], opened: ExitStack
+) -> Iterator[adapters_pb2.PublishAdapterRequest]:
+    with opened:
+        yield adapters_pb2.PublishAdapterRequest(header=header)
+        for path, file in files.items():
             while data := file.read(CHUNK_BYTES):
                 chunk = adapters_pb2.FileChunk(path=path, data=data)
                 yield adapters_pb2.PublishAdapterRequest(chunk=chunk)

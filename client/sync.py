@@ -9,6 +9,7 @@ from typing import Any, Self
 import grpc
 
 from manylora.client import requests, types
+from manylora.client.channel import open_channel
 from manylora.client.errors import translated
 from manylora.client.requests import Messages
 from manylora.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
@@ -36,12 +37,7 @@ class Client:
         timeout: float | None = None,
         options: Sequence[tuple[str, Any]] = (),
     ) -> None:
-        options = (("grpc.max_receive_message_length", -1), *options)
-        if root_certificates is None:
-            self._channel = grpc.insecure_channel(target, options)
-        else:
-            credentials = grpc.ssl_channel_credentials(root_certificates)
-            self._channel = grpc.secure_channel(target, credentials, options)
+        self._channel = open_channel(grpc, target, root_certificates, options)
         self._timeout = timeout
         self._inference: Any = inference_pb2_grpc.InferenceServiceStub(self._channel)  # type: ignore[no-untyped-call]
         self._adapters: Any = adapters_pb2_grpc.AdapterServiceStub(self._channel)  # type: ignore[no-untyped-call]
@@ -170,8 +166,9 @@ class Client:
         self, name: str, path: str | Path, aliases: Sequence[str] = ()
     ) -> types.AdapterVersion:
         """Uploads the PEFT checkpoint in the directory `path` as a version of "tenant/adapter"."""
-        with requests.Upload(name, Path(path), aliases) as upload, translated():
-            answer = self._adapters.PublishAdapter(iter(upload), timeout=self._timeout)
+        messages = requests.upload(name, Path(path), aliases)
+        with translated():
+            answer = self._adapters.PublishAdapter(messages, timeout=self._timeout)
         return types.adapter_version(answer)
 
     def import_adapter(
