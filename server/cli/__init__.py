@@ -24,16 +24,24 @@ app.command("generate")(generate.generate)
 app.command("doctor")(doctor.doctor)
 
 
-@app.command(
-    "train",
-    add_help_option=False,
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-)
+# The flags of these two are known only once torch is imported, which the others do without.
+_PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+@app.command("train", add_help_option=False, context_settings=_PASS_ON)
 def _train(context: typer.Context) -> None:
     """Train a LoRA adapter, and save it as peft does."""
     from manylora.server.cli import train
 
     train.make_app()(context.args, prog_name=context.command_path)
+
+
+@app.command("demo", add_help_option=False, context_settings=_PASS_ON)
+def _demo(context: typer.Context) -> None:
+    """Train three adapters on a small base model, serve them beside it, and compare."""
+    from manylora.server.cli import demo
+
+    demo.make_app()(context.args, prog_name=context.command_path)
 
 
 def _print_version(wanted: bool) -> None:

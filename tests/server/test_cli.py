@@ -62,7 +62,7 @@ def test_version(cli: Cli) -> None:
 
 def test_help_lists_every_command(cli: Cli) -> None:
     text = cli("--help").out
-    for command in ("serve", "train", "adapters", "generate", "doctor"):
+    for command in ("serve", "train", "adapters", "generate", "demo", "doctor"):
         assert f" {command} " in text
 
 
@@ -84,6 +84,7 @@ def test_serve_has_a_flag_with_the_description_of_every_setting(cli: Cli) -> Non
         ("generate", "--max-tokens", "many", "hi"),
         ("adapters", "publish", "only-a-name"),
         ("train", "--base", "b"),
+        ("demo", "--bogus"),
         ("nothing",),
     ],
 )
