@@ -99,7 +99,7 @@ def paged_attention(
     rows, heads, head_dim = q.shape
     row_stride, head_stride, step = q.stride()
     if (
-        step != 1
+        (step != 1 and rows > 0)
         or rows != batch.rows
         or not k_cache.is_contiguous()
         or not v_cache.is_contiguous()

@@ -1,0 +1,255 @@
+"""The C++ paged attention and KV write, in every ISA that runs here, against the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from manylora_testing.attention import Step, error_bound, make_step
+
+from manylora.kernels import cpu, reference
+from manylora.kernels.attention import make_batch
+
+pytestmark = pytest.mark.skipif(not cpu.available(), reason=cpu.why_unavailable())
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SHAPES = {
+    "tiny": {"heads": 6, "kv_heads": 2, "head_dim": 8, "block_size": 4},
+    "odd": {"heads": 3, "kv_heads": 3, "head_dim": 7, "block_size": 1},
+    "smollm2": {"heads": 9, "kv_heads": 3, "head_dim": 64, "block_size": 16},
+    "phi": {"heads": 2, "kv_heads": 2, "head_dim": 80, "block_size": 12},
+    "falcon": {"heads": 71, "kv_heads": 1, "head_dim": 12, "block_size": 32},
+    "wide": {"heads": 4, "kv_heads": 1, "head_dim": 256, "block_size": 16},
+}
+
+
+@pytest.fixture(params=cpu.isas() if cpu.available() else (), autouse=True)
+def isa(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = cpu.current_isa()
+    cpu.set_isa(request.param)
+    yield
+    cpu.set_isa(before)
+
+
+def per_head(heads: int, seed: int = 0) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).uniform(0.01, 2, heads).astype(np.float32))
+
+
+def check(step: Step, dtype: torch.dtype, **options: Any) -> None:
+    q, k_cache, v_cache, batch = step.tensors
+    want = reference.paged_attention(q.float(), k_cache.float(), v_cache.float(), batch, **options)
+    got = cpu.paged_attention(q, k_cache, v_cache, batch, **options)
+    assert got.dtype == dtype and got.is_contiguous()
+    error = (got.float() - want).abs() - error_bound(step, dtype, **options)
+    assert (error <= 0).all(), f"beyond the bound by {error.max()}"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_against_the_reference(shape: str, dtype: torch.dtype) -> None:
+    sizes = SHAPES[shape]
+    rows, context = [1, 5, 0, 34, 3, 1], [9, 5, 3, 98, 641, 32]
+    heads = sizes["heads"]
+    scale = sizes["head_dim"] ** -0.5
+    options: list[dict[str, Any]] = [
+        {},
+        {"window": 1},
+        {"window": 37, "softcap": 2.0},
+        {"slopes": per_head(heads) / 10},
+        {"sinks": per_head(heads) * 3, "window": 130},
+        {"softcap": 20.0, "sinks": per_head(heads), "slopes": per_head(heads, 1)},
+    ]
+    for seed, option in enumerate(options):
+        window = option.get("window", 0)
+        step = make_step(rows, context, dtype=dtype, window=window, seed=seed, **sizes)
+        check(step, dtype, scale=scale, **option)
+
+
+@settings(
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],  # one ISA for all examples
+)
+@given(data=st.data())
+def test_drawn(data: st.DataObject) -> None:
+    draw = data.draw
+    context = draw(st.lists(st.integers(1, 150), min_size=1, max_size=5))
+    rows = [draw(st.integers(0, min(n, 70))) for n in context]
+    kv_heads, group = draw(st.integers(1, 4)), draw(st.integers(1, 9))
+    dtype, window = draw(st.sampled_from(DTYPES)), draw(st.sampled_from([0, 0, 1, 5, 33, 64]))
+    step = make_step(
+        rows,
+        context,
+        heads=kv_heads * group,
+        kv_heads=kv_heads,
+        head_dim=draw(st.integers(1, 40)),
+        block_size=draw(st.integers(1, 40)),
+        dtype=dtype,
+        window=window,
+        seed=draw(st.integers(0, 9)),
+    )
+    extras = {
+        name: per_head(kv_heads * group, 3) if draw(st.booleans()) else None
+        for name in ("slopes", "sinks")
+    }
+    softcap = draw(st.sampled_from([0.0, 0.5, 30.0]))
+    check(step, dtype, scale=0.3, window=window, softcap=softcap, **extras)
+
+
+def attend(step: Step, **options: Any) -> torch.Tensor:
+    return cpu.paged_attention(*step.tensors, scale=0.25, **options)
+
+
+def part_of(step: Step, sequence: int, rows: int, context: int) -> Step:
+    """The step in which only one sequence runs, with its last `rows` of a shorter context."""
+    begin = int(step.batch.seq_starts[sequence])
+    first = int(step.batch.context[sequence]) - int(step.batch.seq_starts[sequence + 1]) + begin
+    end = begin + context - first
+    batch = make_batch(
+        np.array([rows], np.int32),
+        np.array([context], np.int32),
+        step.table[sequence : sequence + 1],
+        step.k_cache.shape[2],
+    )
+    q = step.q[end - rows : end]
+    return Step(q, step.k_cache, step.v_cache, batch, step.table, step.keys, step.values)
+
+
+@pytest.mark.parametrize("window", [0, 45])
+def test_bits_do_not_depend_on_neighbours(dtype: torch.dtype, window: int) -> None:
+    rows, context = [1, 30, 1, 1, 2, 90], [1100, 60, 33, 5, 700, 90]
+    step = make_step(rows, context, heads=6, kv_heads=2, dtype=dtype, window=window)
+    together = attend(step, window=window, sinks=per_head(6))
+    for s in range(len(rows)):
+        alone = attend(part_of(step, s, rows[s], context[s]), window=window, sinks=per_head(6))
+        assert torch.equal(alone, together[step.batch.seq_starts[s] : step.batch.seq_starts[s + 1]])
+
+
+@pytest.mark.parametrize("window", [0, 21])
+def test_bits_do_not_depend_on_chunks(dtype: torch.dtype, window: int) -> None:
+    n = 570
+    step = make_step([n], [n], heads=6, kv_heads=2, head_dim=20, block_size=8, dtype=dtype)
+    whole = attend(step, window=window, softcap=5.0)
+    rng = np.random.default_rng(0)
+    for most in (1, 3, 40, 300):
+        end = n if most > 1 else 70
+        begin = 0
+        while begin < end:
+            rows = min(end - begin, int(rng.integers(1, most + 1)))
+            chunk = attend(part_of(step, 0, rows, begin + rows), window=window, softcap=5.0)
+            assert torch.equal(chunk, whole[begin : begin + rows]), (begin, rows)
+            begin += rows
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_bits_do_not_depend_on_threads() -> None:
+    step = make_step([1, 1, 130], [2600, 40, 1300], heads=6, kv_heads=2, dtype=torch.bfloat16)
+    results = [attend(step) for _ in range(3)]
+    torch.set_num_threads(1)
+    results.append(attend(step))
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def test_a_broken_neighbour_changes_nothing(dtype: torch.dtype) -> None:
+    step = make_step([1, 20, 4], [50, 40, 600], dtype=dtype)
+    clean = attend(step)
+    for poison in (torch.nan, torch.inf, -torch.inf):
+        blocks = torch.from_numpy(step.table[1, :3]).long()
+        step.k_cache[blocks] = poison
+        step.v_cache[blocks] = poison
+        step.q[1:21] = poison
+        broken = attend(step)
+        assert torch.equal(broken[:1], clean[:1]) and torch.equal(broken[21:], clean[21:])
+        assert broken[1:21].isnan().all()
+
+
+@pytest.mark.parametrize("at", [17, 18])
+def test_a_row_does_not_feel_later_or_forgotten_keys(dtype: torch.dtype, at: int) -> None:
+    step = make_step([40], [40], block_size=8, dtype=dtype)
+    clean = attend(step, window=5)
+    block, offset = int(step.table[0, at // 8]), at % 8
+    step.k_cache[block, :, offset] = torch.nan
+    step.v_cache[block, :, offset] = torch.nan
+    broken = attend(step, window=5)
+    feels = torch.zeros(40, dtype=torch.bool)
+    feels[at : at + 5] = True
+    assert broken[feels].isnan().all()
+    assert torch.equal(broken[~feels], clean[~feels])
+
+
+def test_strided_queries(dtype: torch.dtype) -> None:
+    step = make_step([1, 9], [30, 40], heads=4, dtype=dtype)
+    want = attend(step)
+    packed = torch.full((10, 4 * 16 + 70), torch.nan, dtype=dtype)
+    packed[:, 3 : 3 + 64] = step.q.flatten(1)
+    heads_first = step.q.transpose(0, 1).contiguous().transpose(0, 1)
+    for q in (packed[:, 3 : 3 + 64].view(10, 4, 16), heads_first):
+        got = cpu.paged_attention(q, *step.tensors[1:], scale=0.25)
+        assert got.is_contiguous() and torch.equal(got, want)
+
+
+def test_shared_prefix_blocks() -> None:
+    step = make_step([4, 4], [40, 40], block_size=8)
+    table = step.table.copy()
+    table[1, :4] = table[0, :4]
+    batch = make_batch(np.array([4, 4], np.int32), np.array([40, 40], np.int32), table, 8)
+    got = cpu.paged_attention(step.q, step.k_cache, step.v_cache, batch, scale=0.25)
+    want = reference.paged_attention(step.q, step.k_cache, step.v_cache, batch, scale=0.25)
+    torch.testing.assert_close(got, want)
+
+
+def test_all_scores_minus_infinity_until_late() -> None:
+    step = make_step([1], [700], heads=1, kv_heads=1)
+    blocks = torch.from_numpy(step.table[0, :40]).long()
+    step.q.fill_(1.0)
+    step.k_cache[blocks] = -torch.inf
+    check_against = reference.paged_attention(*step.tensors, scale=0.25)
+    assert not check_against.isnan().any()
+    torch.testing.assert_close(attend(step), check_against)
+
+
+def test_no_rows() -> None:
+    step = make_step([0, 0], [5, 9])
+    assert attend(step).shape == (0, 4, 16)
+
+
+@pytest.mark.parametrize("head_dim", [1, 8, 64, 80])
+def test_write_kv(dtype: torch.dtype, head_dim: int) -> None:
+    step = make_step([1, 40, 0, 7], [9, 40, 3, 90], head_dim=head_dim, dtype=dtype)
+    rows = step.batch.rows
+    kv = torch.randn(rows, 3, 2, head_dim).to(dtype)  # strided: between k and v lies something
+    guarded = torch.full((2, step.k_cache.numel() + 64), 7.0, dtype=dtype)
+    caches = [row[32:-32].view_as(step.k_cache) for row in guarded]
+    wanted = [cache.clone() for cache in caches]
+    cpu.write_kv(kv[:, 0], kv[:, 2], *caches, step.batch)
+    reference.write_kv(kv[:, 0], kv[:, 2], *wanted, step.batch)
+    assert torch.equal(torch.stack(caches), torch.stack(wanted))
+    assert (guarded[:, :32] == 7).all() and (guarded[:, -32:] == 7).all()
+
+
+def test_misfits_are_refused() -> None:
+    step = make_step([2], [9])
+    q, k_cache, v_cache, batch = step.tensors
+    k = q[:, :2]
+    wrong: list[tuple[Any, ...]] = [
+        (q[:1], k_cache, v_cache),
+        (q.half(), k_cache, v_cache),
+        (q[:, :3], k_cache, v_cache),
+        (q[..., :8], k_cache, v_cache),
+        (q[..., ::2], k_cache[..., :8].contiguous(), v_cache[..., :8].contiguous()),
+        (q, k_cache, v_cache[:, :1].contiguous()),
+        (q, k_cache.transpose(1, 2), v_cache),
+    ]
+    for tensors in wrong:
+        with pytest.raises(ValueError, match="attention: wanted"):
+            cpu.paged_attention(*tensors, batch, scale=1.0)
+    with pytest.raises(ValueError, match="sinks: found"):
+        cpu.paged_attention(q, k_cache, v_cache, batch, scale=1.0, sinks=torch.zeros(3))
+    for keys, values in ((k[:1], k[:1]), (q, q), (k.half(), k), (k, k[..., :4])):
+        with pytest.raises(ValueError, match="attention: wanted"):
+            cpu.write_kv(keys, values, k_cache, v_cache, batch)
