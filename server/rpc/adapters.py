@@ -58,7 +58,7 @@ class AdapterService(pb_grpc.AdapterServiceServicer):
     ) -> pb.AdapterVersion:
         header = await _read_header(requests)
         name = _new_name(header.parent, header.adapter_id, header.aliases, "header.")
-        upload = await in_thread(self._store.begin_upload)
+        upload = self._store.begin_upload()  # not on a thread: a cancel must not lose it
         try:
             async for message in requests:
                 chunk = _chunk(message)
