@@ -46,4 +46,4 @@ $(VENV)/.installed-demo: $(INSTALLED_FROM) | $(BIN)/python
 
 $(VENV)/.installed-dev: $(INSTALLED_FROM) | $(BIN)/python
 	$(INSTALL) '.[dev]'
-	touch $@
+	touch $(VENV)/.installed-demo $@
