@@ -26,20 +26,18 @@ class SliceGroup:
     modules: tuple[int, ...]
     starts: tuple[int, ...]
     sizes: tuple[int, ...]
-    end: int = field(init=False)
-    max_module: int = field(init=False)
-    address: int = field(init=False)
+    end: int = field(init=False, repr=False)
+    max_module: int = field(init=False, repr=False)
+    address: int = field(init=False, repr=False)
     _words: ctypes.Array[ctypes.c_int32] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         count = len(self.modules)
+        given = f"modules {self.modules}, starts {self.starts}, sizes {self.sizes}"
         if not count or len(self.starts) != count or len(self.sizes) != count:
-            raise ValueError(
-                "a slice group needs as many starts and sizes as modules, and at least one; "
-                f"found {self.modules}, {self.starts}, {self.sizes}"
-            )
+            raise ValueError(f"a slice group wants a start and a size a module; found {given}")
         if min(self.modules) < 0 or min(self.starts) < 0 or min(self.sizes) <= 0:
-            raise ValueError(f"a slice is empty or negative; found {self}")
+            raise ValueError(f"a slice is empty or negative; found {given}")
         words = (count, *self.modules, *self.starts, *self.sizes)
         array = (ctypes.c_int32 * len(words))(*words)
         ends = map(sum, zip(self.starts, self.sizes, strict=True))
