@@ -77,13 +77,14 @@ def check_name(text: str, field: str) -> str:
 
 
 def check_alias(text: str, field: str = "alias") -> str:
-    """Like check_name; `latest` moves by itself and cannot be set."""
-    if check_name(text, field) == LATEST:
+    """Like check_name; `latest` moves by itself and cannot be set, and an alias of digits alone
+    would be taken for a version."""
+    if check_name(text, field) == LATEST or text.isdecimal():
         raise InvalidArgument(
-            "the newest version has this alias by itself",
+            "not an alias",
             field=field,
             found=text,
-            wanted="another alias",
+            wanted=f"a name with a letter in it, other than {LATEST!r}",
         )
     return text
 

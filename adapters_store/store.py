@@ -159,7 +159,7 @@ class Store:
         alias.
         """
         parsed = AdapterRef.parse(ref, field)
-        if parsed.alias is not None:
+        if parsed.alias is not None or ":" in ref:
             raise InvalidArgument(
                 "cannot delete by alias", field=field, found=ref, wanted="a name or a version"
             )

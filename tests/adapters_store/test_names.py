@@ -87,6 +87,7 @@ def test_bad_references(suffix: str) -> None:
     assert caught.value.field.startswith("adapter")
 
 
-def test_latest_cannot_be_set() -> None:
-    with pytest.raises(InvalidArgument, match="by itself"):
-        check_alias("latest")
+@pytest.mark.parametrize("alias", ["latest", "7", "123"])
+def test_what_would_be_read_as_a_version_is_no_alias(alias: str) -> None:
+    with pytest.raises(InvalidArgument, match="not an alias"):
+        check_alias(alias)

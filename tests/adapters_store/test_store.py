@@ -102,8 +102,9 @@ def test_delete(store: Store, tmp_path: Path, adapters: Any, assert_whole: Any) 
     second = store.publish("acme/tickets", adapters(2), ["prod"])
     with pytest.raises(FailedPrecondition, match="acme/tickets@2 is prod"):
         store.delete("acme/tickets@2")
-    with pytest.raises(InvalidArgument, match="cannot delete by alias"):
-        store.delete("acme/tickets:prod")
+    for alias in ("prod", "latest"):
+        with pytest.raises(InvalidArgument, match="cannot delete by alias"):
+            store.delete(f"acme/tickets:{alias}")
     assert [v.version for v in store.delete("acme/tickets")] == [1, 2]
     for ref in ("acme/tickets", "acme/tickets@1", "acme/tickets:prod"):
         with pytest.raises(NotFound):
