@@ -135,7 +135,8 @@ def _padded(out: int, rank: int, dtype: torch.dtype) -> tuple[int, int, int]:
 
 def _depth_first(blocks: torch.Tensor, depth: int) -> torch.Tensor:
     """[blocks, outputs, ranks] to flat [blocks, ranks / depth, outputs, depth]."""
-    return blocks.unflatten(2, (-1, depth)).transpose(1, 2).flatten()
+    count, outputs, ranks = blocks.shape
+    return blocks.view(count, outputs, ranks // depth, depth).transpose(1, 2).flatten()
 
 
 def _misfit(
