@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from attention_steps import Step, error_bound, make_step
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from manylora_testing.attention import Step, error_bound, make_step
 
 from manylora.kernels import cpu, reference
 from manylora.kernels.attention import make_batch
