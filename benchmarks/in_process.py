@@ -8,7 +8,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.workloads import OUTPUT_TOKENS, Workload, make_adapter
+from workloads import OUTPUT_TOKENS, Workload, make_adapter
+
 from manylora.server.engine.front import AsyncEngine
 from manylora.server.engine.settings import EngineSettings
 from manylora.server.engine.types import (
