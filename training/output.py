@@ -28,8 +28,8 @@ class Output:
         self.checkpoints = self.directory / "checkpoints"
         self._settings = settings
 
-    def begin(self) -> Path | None:
-        """The checkpoint to go on from; None: from the start.
+    def checkpoint(self) -> Path | None:
+        """The checkpoint to go on from; None: from the start. Changes nothing.
 
         Raises:
             AlreadyExists: there is a finished adapter.
@@ -38,14 +38,15 @@ class Output:
         """
         if (self.directory / CONFIG_FILE).exists():
             raise AlreadyExists("there is an adapter already", field="output", found=self.directory)
-        run = _describe(self._settings)
-        record = self.checkpoints / _RUN_FILE
-        if record.exists():
-            self._check_same(json.loads(record.read_text()), run)
-            return self._last()
+        last = self._last()
+        if last is not None:
+            self._check_same(json.loads((self.checkpoints / _RUN_FILE).read_text()))
+        return last
+
+    def begin(self) -> None:
+        """Notes what run the checkpoints will be of."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
-        record.write_text(json.dumps(run, indent=2))
-        return None
+        (self.checkpoints / _RUN_FILE).write_text(json.dumps(_describe(self._settings), indent=2))
 
     def finish(self, model: PeftModel, base_name: str) -> None:
         """Saves the adapter, naming the base without a path of this machine, and drops the
@@ -60,7 +61,7 @@ class Output:
             path.replace(self.directory / path.name)
         shutil.rmtree(self.checkpoints)
 
-    def _check_same(self, before: dict[str, str], now: dict[str, str]) -> None:
+    def _check_same(self, before: dict[str, str]) -> None:
         if not self._settings.resume:
             raise FailedPrecondition(
                 "there is an unfinished run",
@@ -68,7 +69,7 @@ class Output:
                 found=self.directory,
                 wanted="resume, or another directory",
             )
-        for key, value in now.items():
+        for key, value in _describe(self._settings).items():
             if before.get(key) != value:
                 raise FailedPrecondition(
                     "the unfinished run was started with another value",

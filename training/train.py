@@ -58,7 +58,7 @@ def train(settings: TrainSettings, console: Console | None = None) -> TrainResul
     began = time.monotonic()
     rows, held_out = _split(settings)
     output = Output(settings)
-    checkpoint = output.begin()
+    checkpoint = output.checkpoint()
     base = load_base(settings)
     encoder = Encoder(base.tokenizer, base.end_ids)
     examples = encoder.encode_all(rows, settings.max_length)
@@ -66,6 +66,7 @@ def train(settings: TrainSettings, console: Console | None = None) -> TrainResul
     torch.manual_seed(settings.seed)
     model = _adapt(base, settings)
     trainer = _trainer(settings, base, model, output, examples, validation)
+    output.begin()
     loss = _run(trainer, settings, checkpoint, console or Console(stderr=True))
     validation_loss = trainer.evaluate()["eval_loss"] if validation else None
     output.finish(model, base.name)
