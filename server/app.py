@@ -13,6 +13,7 @@ from contextlib import closing
 from transformers.utils.logging import disable_progress_bar
 
 from manylora.adapters_store.store import Store
+from manylora.errors import ManyloraError
 from manylora.server.config import Settings
 from manylora.server.engine.front import AsyncEngine
 from manylora.server.http.endpoint import HttpEndpoint
@@ -65,15 +66,31 @@ async def _serve(
         await server.start()
         ready.set()
         _announce(settings, engine, server, http)
-        logger.info("stopping", extra={"signal": await signals.get()})
-        ready.clear()
         try:
+            name = await _until_told(signals, engine)
+            ready.clear()
+            logger.info("stopping", extra={"signal": name})
             await _drain(server, settings.drain_seconds, signals)
         finally:
+            ready.clear()
             await server.stop()
     finally:
         await engine.stop()
     logger.info("stopped")
+
+
+async def _until_told(signals: asyncio.Queue[str], engine: AsyncEngine) -> str:
+    """The signal that asks to stop. Raises ManyloraError if the engine fails: then the process
+    ends, so that whoever started it can start it again."""
+    told, failed = asyncio.create_task(signals.get()), asyncio.create_task(engine.failed())
+    try:
+        await asyncio.wait({told, failed}, return_when=asyncio.FIRST_COMPLETED)
+        if not told.done():
+            raise ManyloraError("the engine has failed; its log says why")
+        return told.result()
+    finally:
+        told.cancel()
+        failed.cancel()
 
 
 async def _drain(server: RpcServer, seconds: float, signals: asyncio.Queue[str]) -> None:

@@ -21,6 +21,7 @@ from manylora.errors import DeadlineExceeded, FailedPrecondition, ManyloraError,
 from manylora.server.engine.blocks import BlockManager
 from manylora.server.engine.mailbox import (
     Cancel,
+    EndEvent,
     ErrorEvent,
     Event,
     Inspect,
@@ -177,6 +178,7 @@ class Engine:
             case Unload(digest, done):
                 self._residency.unload(digest, done)
             case Inspect(done):
+                self._flush()  # events older than the answer go before it
                 answer(done, self._residency.snapshot())
             case Loaded():
                 self._residency.loaded(message)
@@ -291,6 +293,7 @@ class Engine:
                 case Load(_, _, done) | Unload(_, done) | Inspect(done):
                     refuse(done, error)
         self._residency.close()
+        self._events.append(EndEvent())
         self._flush()
 
     # -- parts ---------------------------------------------------------------------------------

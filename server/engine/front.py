@@ -9,11 +9,13 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from manylora.errors import InvalidArgument, ResourceExhausted, Unavailable
+from manylora.kernels import Backend, cpu
 from manylora.server.engine import sampling_params
 from manylora.server.engine.detokenizer import Detokenizer, StopStrings
 from manylora.server.engine.engine import Engine
 from manylora.server.engine.mailbox import (
     Cancel,
+    EndEvent,
     ErrorEvent,
     Event,
     Inspect,
@@ -53,6 +55,7 @@ class AsyncEngine:
         self._limit = settings.max_waiting + settings.max_sequences
         self._streams: dict[str, asyncio.Queue[TokenEvent | ErrorEvent]] = {}
         self._watchers: set[asyncio.Queue[Residency]] = set()
+        self._ended = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -62,7 +65,7 @@ class AsyncEngine:
             architecture=type(model.model).__name__,
             dtype=str(model.dtype).removeprefix("torch."),
             device=str(self._engine.device),
-            kernels=self._engine.kernels.NAME,
+            kernels=_describe(self._engine.kernels),
             max_context=self._engine.max_context,
             vocab_size=model.vocab_size,
             modules=len(model.modules),
@@ -75,6 +78,10 @@ class AsyncEngine:
     async def stop(self) -> None:
         """Ends at once; streams still open raise Unavailable."""
         await asyncio.to_thread(self._engine.stop)
+
+    async def failed(self) -> None:
+        """Returns when the engine's thread has ended, though nobody stopped it."""
+        await self._ended.wait()
 
     async def drain(self, seconds: float) -> None:
         """Returns when no request is left, or after `seconds`."""
@@ -175,15 +182,25 @@ class AsyncEngine:
         return await asyncio.wrap_future(done)
 
     async def watch(self) -> AsyncGenerator[Residency, None]:
-        """What is resident now, then every change."""
+        """What is resident now, then every change after that."""
         queue: asyncio.Queue[Residency] = asyncio.Queue()
-        self._watchers.add(queue)
+        loop, leaving = asyncio.get_running_loop(), False
+
+        def listen() -> None:
+            if not leaving:
+                self._watchers.add(queue)
+
+        done: Future[list[Residency]] = Future()
+        # called by the engine's thread as it answers: after all earlier events, before later ones
+        done.add_done_callback(lambda _: loop.call_soon_threadsafe(listen))
+        self._engine.put(Inspect(done))
         try:
-            for residency in await self.residency():
+            for residency in await asyncio.wrap_future(done):
                 yield residency
             while True:
                 yield await queue.get()
         finally:
+            leaving = True
             self._watchers.discard(queue)
 
     async def check_fit(self, path: Path) -> None:
@@ -200,11 +217,18 @@ class AsyncEngine:
 
     def _spread(self, events: list[Event]) -> None:
         for event in events:
-            if isinstance(event, ResidencyEvent):
+            if isinstance(event, EndEvent):
+                self._ended.set()
+            elif isinstance(event, ResidencyEvent):
                 for watcher in self._watchers:
                     watcher.put_nowait(event.residency)
             elif queue := self._streams.get(event.request_id):
                 queue.put_nowait(event)
+
+
+def _describe(backend: Backend) -> str:
+    """The backend, and on the CPU the instruction set that it uses."""
+    return f"{backend.NAME} {cpu.current_isa()}" if backend.NAME == cpu.NAME else backend.NAME
 
 
 def _extend(

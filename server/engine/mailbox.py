@@ -94,7 +94,12 @@ class ResidencyEvent:
     residency: Residency
 
 
-Event = TokenEvent | ErrorEvent | ResidencyEvent
+@dataclass(slots=True, frozen=True)
+class EndEvent:
+    """The engine's thread is ending: the last event there is."""
+
+
+Event = TokenEvent | ErrorEvent | ResidencyEvent | EndEvent
 
 
 def answer(done: Future[Result], result: Result) -> None:

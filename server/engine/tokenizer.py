@@ -48,12 +48,16 @@ class Tokenizer:
         template refuses the messages.
         """
         if self._hf.chat_template is None:
-            raise FailedPrecondition("the base model has no chat template", field="prompt.chat.messages")
+            raise FailedPrecondition(
+                "the base model has no chat template", field="prompt.chat.messages"
+            )
         rows = [{"role": m.role, "content": m.content} for m in messages]
         try:
             text = self._hf.apply_chat_template(rows, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # jinja2 templates raise what they like
             raise InvalidArgument(
-                "the model's chat template refuses these messages", field="prompt.chat.messages", found=error
+                "the model's chat template refuses these messages",
+                field="prompt.chat.messages",
+                found=error,
             ) from error
         return list(self._hf.encode(str(text), add_special_tokens=False))

@@ -243,6 +243,7 @@ async def test_an_engine_that_breaks_leaves_nobody_waiting(house: House) -> None
             await asyncio.wait_for(call, PATIENCE)
     with pytest.raises(Unavailable):
         await house.ask(PROMPT)
+    await asyncio.wait_for(house.engine.failed(), PATIENCE)
 
 
 async def test_what_the_observer_is_told(start: Start) -> None:
