@@ -126,10 +126,11 @@ def _split(settings: TrainSettings) -> tuple[list[Row], list[Row]]:
 def _adapt(base: Base, settings: TrainSettings) -> PeftModel:
     from peft import LoraConfig, TaskType, get_peft_model  # noqa: PLC0415
 
+    alpha = float(settings.alpha)
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=settings.rank,
-        lora_alpha=int(settings.alpha) if settings.alpha.is_integer() else settings.alpha,
+        lora_alpha=int(alpha) if alpha.is_integer() else alpha,
         lora_dropout=settings.dropout,
         use_rslora=settings.rslora,
         target_modules=settings.targets,
