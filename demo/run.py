@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.live import Live
 from rich.progress import Progress
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from manylora.client import AsyncClient, Residency
 from manylora.demo import report
@@ -42,6 +43,8 @@ def run_demo(settings: DemoSettings, console: Console | None = None) -> DemoResu
     began = time.monotonic()
     console = console or Console()
     settings.cache.mkdir(parents=True, exist_ok=True)
+    disable_progress_bar()  # transformers' own, for what takes a second
+    set_verbosity_error()
     console.rule("base model")
     base = check_given(settings.base) if settings.base else get_base(settings.cache, console)
     console.print(base.name)

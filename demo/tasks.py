@@ -91,7 +91,7 @@ TASKS: Sequence[Task] = (
         rank=8,
         alpha=16,
         target_modules="q_proj,k_proj,v_proj,o_proj",
-        epochs=3,
+        epochs=2,
         learning_rate=2e-3,
     ),
     Task(

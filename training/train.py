@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from warnings import catch_warnings, filterwarnings
 
 import torch
 from rich.console import Console
@@ -208,7 +209,9 @@ def _run(
 ) -> float:
     from manylora.training.progress import TrainProgress  # noqa: PLC0415
 
-    with TrainProgress(f"training {settings.name}", console) as progress:
+    with TrainProgress(f"training {settings.name}", console) as progress, catch_warnings():
+        # Trainer and peft ask each other by names that transformers has given up since
+        filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
         trainer.add_callback(progress)
         done = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return float(done.training_loss)
