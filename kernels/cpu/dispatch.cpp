@@ -96,3 +96,24 @@ MANYLORA_KERNEL(write_kv,
                  const manylora::Batch* batch, const manylora::AttentionLayer* layer),
                 (k, k_row_stride, k_head_stride, v, v_row_stride, v_head_stride, k_cache, v_cache,
                  batch, layer))
+
+MANYLORA_KERNEL(rotary_write_kv,
+                (void* qkv, int64_t stride, const void* cos, const void* sin, int64_t half,
+                 void* k_cache, void* v_cache, const manylora::Batch* batch,
+                 const manylora::AttentionLayer* layer),
+                (qkv, stride, cos, sin, half, k_cache, v_cache, batch, layer))
+
+MANYLORA_KERNEL(rms_norm,
+                (void* out, const void* x, int64_t x_stride, void* residual, const void* weight,
+                 int64_t rows, int64_t size, float eps, float offset, int32_t dtype),
+                (out, x, x_stride, residual, weight, rows, size, eps, offset, dtype))
+
+MANYLORA_KERNEL(layer_norm,
+                (void* out, const void* x, int64_t x_stride, void* residual, const void* weight,
+                 const void* bias, int64_t rows, int64_t size, float eps, int32_t dtype),
+                (out, x, x_stride, residual, weight, bias, rows, size, eps, dtype))
+
+MANYLORA_KERNEL(act_mul,
+                (void* out, const void* x, int64_t x_stride, int64_t rows, int64_t size,
+                 int32_t activation, int32_t dtype),
+                (out, x, x_stride, rows, size, activation, dtype))
