@@ -66,7 +66,8 @@ def make_plan(row_slots: npt.NDArray[np.int32], device: torch.device | str = "cp
     rows, edited, segments = len(slots), len(order), len(starts)
     arrays = (np.maximum(slots, -1), order, starts, [edited], slots[order[starts]])
     words = np.concatenate(([rows, edited, segments, 0], *arrays), dtype=np.int32, casting="unsafe")
-    on_device = torch.from_numpy(words).to(device)
+    on_host = torch.from_numpy(words)
+    on_device = on_host.to(device)
     order_at = _HEADER + rows
     starts_at = order_at + edited
     slots_at = starts_at + segments + 1
@@ -82,7 +83,7 @@ def make_plan(row_slots: npt.NDArray[np.int32], device: torch.device | str = "cp
         slots=words[slots_at:],
         max_slot=int(words[-1]) if segments else -1,
         host_words=words,
-        address=words.ctypes.data,
+        address=on_host.data_ptr(),
     )
 
 
