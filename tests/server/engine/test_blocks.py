@@ -13,10 +13,13 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from manylora.server.engine.blocks import BlockList, BlockManager
 
 SIZE = 3
-TOTAL = 9
+TOTAL = 6
 DIGESTS = ("", "a", "b")
-# few tokens, so that prefixes meet often
-tokens = st.lists(st.integers(0, 1), min_size=1, max_size=3 * SIZE + 1)
+# made of two blocks only, so that prefixes meet often
+BLOCKS = st.lists(st.sampled_from([(0, 0, 0), (1, 1, 1)]), max_size=3)
+TOKENS = st.tuples(BLOCKS, st.lists(st.integers(0, 1), min_size=1, max_size=2)).map(
+    lambda drawn: [*(token for block in drawn[0] for token in block), *drawn[1]]
+)
 
 
 @dataclass(eq=False)
@@ -39,7 +42,7 @@ class Blocks(RuleBasedStateMachine):
         self.written: dict[tuple[int, int], tuple[str, tuple[int, ...]]] = {}
         self.alive: list[Running] = []
 
-    @rule(target=sequences, digest=st.sampled_from(DIGESTS), tokens=tokens)
+    @rule(target=sequences, digest=st.sampled_from(DIGESTS), tokens=TOKENS)
     def start(self, digest: str, tokens: list[int]) -> Running:
         blocks, computed = self.manager.start(digest, tokens)
         assert computed == len(blocks.blocks) * SIZE
@@ -49,7 +52,7 @@ class Blocks(RuleBasedStateMachine):
         self.check_content(sequence)
         return sequence
 
-    @rule(sequence=sequences, count=st.integers(1, 5))
+    @rule(sequence=sequences, count=st.integers(1, 10))
     def compute(self, sequence: Running, count: int) -> None:
         end = min(sequence.computed + count, len(sequence.tokens))
         free, held = self.manager.free, list(sequence.blocks.blocks)
@@ -149,6 +152,19 @@ def test_a_running_sequence_shares_its_blocks() -> None:
     assert manager.free == TOTAL - 1
     manager.release(second)
     assert manager.free == TOTAL
+
+
+def test_what_follows_a_twin_is_found_below_it_alone() -> None:
+    """Two compute the same first block at once; the second's next block is no first block."""
+    manager = BlockManager(TOTAL, SIZE)
+    first, _ = manager.start("", [1, 1, 1])
+    second, _ = manager.start("", [1, 1, 1, 2, 2, 2])
+    manager.grow(first, 3)
+    manager.grow(second, 6)
+    manager.register(first, [1, 1, 1], 3)
+    manager.register(second, [1, 1, 1, 2, 2, 2], 6)
+    assert manager.start("", [2, 2, 2, 0])[1] == 0
+    assert manager.start("", [1, 1, 1, 2, 2, 2, 0])[1] == 6
 
 
 def test_unused_blocks_go_before_cached_ones_and_ends_before_prefixes() -> None:

@@ -258,3 +258,38 @@ async def test_stopping_during_a_load(start: Start) -> None:
     for waiting in (call, request):
         with pytest.raises(Unavailable):
             await waiting
+
+
+async def test_a_watcher_is_told_nothing_older_than_what_it_saw_first(start: Start) -> None:
+    house = await start()
+    for adapter in ("adapter-1", "adapter-2", "adapter-3"):
+        house.fetch.hold(adapter)
+        loading = asyncio.ensure_future(house.load(adapter))
+        await asyncio.sleep(0)  # the message is on its way, the event is not
+        watch = house.engine.watch()
+        seen: list[ResidencyState] = []
+        async for event in watch:
+            if event.key.digest != adapter:
+                continue
+            if not seen:
+                house.fetch.release(adapter)
+            seen.append(event.state)
+            if event.state is ResidencyState.RESIDENT:
+                break
+        assert seen == [ResidencyState.LOADING, ResidencyState.RESIDENT]
+        await watch.aclose()
+        await loading
+
+
+async def test_watchers_that_leave_are_forgotten(start: Start) -> None:
+    house = await start()
+    early = asyncio.ensure_future(anext(house.engine.watch()))
+    await asyncio.sleep(0)
+    early.cancel()
+    await asyncio.wait([early])
+    watch = house.engine.watch()
+    await house.load("adapter-1")
+    await anext(watch)
+    await watch.aclose()
+    await house.settled()
+    assert not house.engine._watchers

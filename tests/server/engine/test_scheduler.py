@@ -268,6 +268,27 @@ def test_preempted_ones_go_on_where_they_were(houses: list[House]) -> None:
     house.check_nothing_is_left()
 
 
+def test_a_preempted_one_comes_before_who_came_later(houses: list[House]) -> None:
+    house = House(blocks=6, budget=32, sequences=2)
+    houses.append(house)
+    sequences = [house.add("", [i, 1, 0, 2], 10) for i in range(2)]
+    sequences += [house.add("", [1], 1) for _ in range(3)]
+    house.run()
+    assert house.preemptions > 0
+    assert house.finished == sequences
+
+
+def test_one_passed_over_keeps_its_place(houses: list[House]) -> None:
+    house = House(sequences=1)
+    houses.append(house)
+    first, loading, *later = (house.add("b" if i == 1 else "", [1], 2) for i in range(4))
+    house.step()
+    house.step()
+    house.loading.finish("b")
+    house.run()
+    assert house.finished == [first, loading, *later]
+
+
 def test_a_preempted_ones_adapter_may_go_and_comes_back(houses: list[House]) -> None:
     house = House(blocks=6, budget=32, room=1)
     houses.append(house)
