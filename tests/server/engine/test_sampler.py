@@ -19,7 +19,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from manylora.server.engine.sampler import TOP_P_CANDIDATES, Sample, _threshold, sample
+from manylora.server.engine.sampler import TOP_P_CANDIDATES, Sample, _penalise, _threshold, sample
 from manylora.server.engine.sequence import Sequence
 from manylora.server.engine.types import Request, SamplingParams
 
@@ -120,6 +120,35 @@ def test_draws_follow_the_distribution(number: int) -> None:
     chi_square = sum((found - e) ** 2 / e for found, e in pairs)
     freedom = len(pairs) - 1
     assert chi_square <= freedom + 5 * (2 * freedom) ** 0.5 + 1
+
+
+@given(
+    seed=st.integers(0, 2**32),
+    repetition=st.floats(0.01, 100),
+    presence=st.floats(-2, 2),
+    frequency=st.floats(-2, 2),
+    prompt=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=10),
+    output=st.lists(st.integers(0, VOCAB - 1), max_size=10),
+)
+def test_penalties_by_definition(
+    seed: int,
+    repetition: float,
+    presence: float,
+    frequency: float,
+    prompt: list[int],
+    output: list[int],
+) -> None:
+    params = SamplingParams(
+        repetition_penalty=repetition, presence_penalty=presence, frequency_penalty=frequency
+    )
+    row = random_logits(seed)[0]
+    wanted = row.clone()
+    for token in {*prompt, *output}:
+        wanted[token] *= repetition if wanted[token] < 0 else 1 / repetition
+    for token in set(output):
+        wanted[token] -= presence + frequency * output.count(token)
+    _penalise(row, sequence(params, prompt, output))
+    torch.testing.assert_close(row, wanted, rtol=1e-5, atol=1e-5)
 
 
 @given(
