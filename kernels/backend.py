@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import os
 import warnings
 from typing import Protocol, cast
 
@@ -70,6 +71,29 @@ class Backend(Protocol):
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor: ...
 
+    def rms_norm(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        residual: torch.Tensor | None = None,
+        offset: float = 0.0,
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+    def rotary_write_kv(
+        self,
+        qkv: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        batch: AttentionBatch,
+    ) -> torch.Tensor: ...
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor: ...
+
+    def gelu_mul(self, gate_up: torch.Tensor, approximate: str = "none") -> torch.Tensor: ...
+
 
 def select(device: torch.device | str, name: str | None = None) -> Backend:
     """The backend for tensors on `device`, or the one called `name`.
@@ -103,9 +127,17 @@ def _missing(name: str) -> str | None:
     """Why a backend cannot be used here, or None."""
     if name == "cpu":
         return None if cpu.available() else cpu.why_unavailable()
-    if name == "triton" and importlib.util.find_spec("manylora.kernels.triton") is None:
-        return "the Triton kernels are not part of this version"
+    if name == "triton":
+        return _missing_triton()
     return None
+
+
+def _missing_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; the extra manylora[gpu] has it"
+    if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return "there is no GPU, and TRITON_INTERPRET=1, which runs the kernels without one, is not set"
 
 
 @functools.cache

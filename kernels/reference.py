@@ -10,15 +10,27 @@ import torch
 
 from manylora.kernels.plan import Plan
 from manylora.kernels.reference_attention import paged_attention, write_kv
+from manylora.kernels.reference_small import (
+    gelu_mul,
+    layer_norm,
+    rms_norm,
+    rotary_write_kv,
+    silu_mul,
+)
 from manylora.kernels.table import OFFSETS, EditTable, SliceGroup
 
 __all__ = [
     "NAME",
     "apply_edits_",
+    "gelu_mul",
+    "layer_norm",
     "pack_b",
     "packed_b_numel",
     "paged_attention",
+    "rms_norm",
+    "rotary_write_kv",
     "scale_inputs",
+    "silu_mul",
     "write_kv",
 ]
 

@@ -5,18 +5,24 @@ from __future__ import annotations
 from manylora.kernels.cpu.attention import paged_attention, write_kv
 from manylora.kernels.cpu.edits import apply_edits_, pack_b, packed_b_numel, scale_inputs
 from manylora.kernels.cpu.library import available, current_isa, isas, set_isa, why_unavailable
+from manylora.kernels.cpu.small import gelu_mul, layer_norm, rms_norm, rotary_write_kv, silu_mul
 
 __all__ = [
     "NAME",
     "apply_edits_",
     "available",
     "current_isa",
+    "gelu_mul",
     "isas",
+    "layer_norm",
     "pack_b",
     "packed_b_numel",
     "paged_attention",
+    "rms_norm",
+    "rotary_write_kv",
     "scale_inputs",
     "set_isa",
+    "silu_mul",
     "why_unavailable",
     "write_kv",
 ]

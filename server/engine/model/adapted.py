@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from manylora.adapters_store.edits import ModuleShape
 from manylora.kernels import EditTable
 from manylora.server.engine.model.attach import LayerAttention
+from manylora.server.engine.model.fuse import PackedRows
 from manylora.server.engine.model.step import StepInputs, StepState
 
 
@@ -21,6 +23,7 @@ class AdaptedModel:
     modules: what an adapter may edit, by name in the tree; a module's id is its place.
     max_context: tokens that a sequence may have, prompt and answer.
     eos_token_ids: ids that end a generation.
+    packed: modules whose weights the fused layers hold, by name; empty if nothing is fused.
     """
 
     model: PreTrainedModel
@@ -30,6 +33,7 @@ class AdaptedModel:
     vocab_size: int
     max_context: int
     eos_token_ids: tuple[int, ...]
+    packed: Mapping[str, PackedRows]
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -53,6 +57,8 @@ class AdaptedModel:
     def parameter(self, name: str) -> Tensor | None:
         """A parameter of the base by its name in the tree, or None. Not to be changed."""
         module, _, leaf = name.rpartition(".")
+        if leaf == "weight" and module in self.packed:
+            return self.packed[module].weight()
         try:
             parameter = getattr(self.model.get_submodule(module), leaf)
         except AttributeError:

@@ -15,13 +15,16 @@ from manylora.server.engine.model.adapt import adapt
 from manylora.server.engine.model.adapted import AdaptedModel
 from manylora.server.engine.model.attach import ATTENTION, attach
 from manylora.server.engine.model.checkpoint import read_model
+from manylora.server.engine.model.fuse import fuse
 from manylora.server.engine.model.interface import make_interfaced
 from manylora.server.engine.model.limits import eos_token_ids, max_context
 from manylora.server.engine.model.probe import probe
 from manylora.server.engine.model.step import StepState
 
 
-def load_model(path: Path, dtype: str, device: torch.device, kernels: Backend) -> AdaptedModel:
+def load_model(
+    path: Path, dtype: str, device: torch.device, kernels: Backend, *, fused: bool = True
+) -> AdaptedModel:
     """Loads a causal language model and makes it serve flat batches with per-row adapters.
 
     Args:
@@ -29,13 +32,14 @@ def load_model(path: Path, dtype: str, device: torch.device, kernels: Backend) -
         dtype: "auto" (the checkpoint's), "float32", "float16" or "bfloat16".
         device: where it runs.
         kernels: the backend that runs edits and attention.
+        fused: use the fused decoder layers where the model has their shape.
 
     Raises:
         FailedPrecondition: the model is of a kind that cannot be served exactly, or broken.
     """
     model = read_model(path, dtype, device)
     try:
-        return _adapt(model, kernels)
+        return _adapt(model, kernels, fused)
     except ManyloraError:
         raise
     except Exception as error:
@@ -46,7 +50,7 @@ def load_model(path: Path, dtype: str, device: torch.device, kernels: Backend) -
         ) from error
 
 
-def _adapt(model: PreTrainedModel, kernels: Backend) -> AdaptedModel:
+def _adapt(model: PreTrainedModel, kernels: Backend, fused: bool) -> AdaptedModel:
     selfcheck.check_positions(model)
     head = _head(model)
     make_interfaced(model)
@@ -63,6 +67,7 @@ def _adapt(model: PreTrainedModel, kernels: Backend) -> AdaptedModel:
         vocab_size=modules[head].out_size,
         max_context=max_context(model.config),
         eos_token_ids=eos_token_ids(model),
+        packed=fuse(model, layers, step) if fused else {},
     )
     selfcheck.check_rows(adapted)
     return adapted

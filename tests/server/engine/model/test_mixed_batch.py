@@ -22,8 +22,10 @@ from manylora.server.engine.model import AdaptedModel, load_model
 TOLERANCE = 1e-4
 REFUSED = {"gptj"}
 ON_CPU_KERNELS = ("llama", "gemma2", "bloom", "gpt2", "phi3", "gpt_oss")
-CASES = [("reference", arch) for arch in ARCHITECTURES if arch not in REFUSED]
-CASES += [("cpu", arch) for arch in ON_CPU_KERNELS]
+FUSED = ("llama", "mistral", "qwen2", "phi3", "gemma2")
+CASES = [("reference", arch, False) for arch in ARCHITECTURES if arch not in REFUSED]
+CASES += [("cpu", arch, False) for arch in ON_CPU_KERNELS]
+CASES += [(backend, arch, True) for arch in FUSED for backend in ("reference", "cpu")]
 CPU = torch.device("cpu")
 
 
@@ -84,13 +86,14 @@ def differences(streams: list[Stream], oracle: Oracle) -> dict[str, float]:
     return worst
 
 
-@pytest.mark.parametrize(("backend", "arch"), CASES)
-def test_mixed_batch_equals_peft(backend: str, arch: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("backend", "arch", "fused"), CASES)
+def test_mixed_batch_equals_peft(backend: str, arch: str, fused: bool, tmp_path: Path) -> None:
     if backend == "cpu" and not cpu.available():
         pytest.skip(cpu.why_unavailable())
     chosen = kernels.select(CPU, backend)
     base = tiny_model(arch, tmp_path / "base")
-    model = load_model(base, "float32", CPU, chosen)
+    model = load_model(base, "float32", CPU, chosen, fused=fused)
+    assert bool(model.packed) == fused
     adapters = make_adapters(model, base, tmp_path)
     runner = FlatRunner(model, adapters, chosen)
     streams = make_streams()

@@ -31,7 +31,7 @@ SMALL: dict[str, Any] = {
 
 
 def load(path: Path, dtype: str = "float32") -> Any:
-    return load_model(path, dtype, CPU, reference)
+    return load_model(path, dtype, CPU, reference, fused=False)
 
 
 def save(config: Any, where: Path) -> Path:
