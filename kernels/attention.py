@@ -25,6 +25,8 @@ class AttentionBatch:
     block_table: int32 [seqs, max_blocks], cache block of the sequence's positions
         ``i * block_size`` onward. Entries that no row sees are never followed.
     slot_mapping: int64 [rows], ``block * block_size + offset`` where the row's K and V are kept.
+    decodes, chunks: how many sequences have one row, and several, or None where the maker does not
+        know; so that no kernel starts for nothing.
     words: int64, the four tensors' addresses, seqs, rows, max_blocks; address: of the words
         (`Batch` in cpu/attention.h).
 
@@ -35,6 +37,8 @@ class AttentionBatch:
     context: torch.Tensor
     block_table: torch.Tensor
     slot_mapping: torch.Tensor
+    decodes: int | None = None
+    chunks: int | None = None
     rows: int = field(init=False)
     words: Int64Array = field(init=False, repr=False)
     address: int = field(init=False, repr=False)
@@ -104,4 +108,6 @@ def make_batch(
         torch.from_numpy(np.ascontiguousarray(context, np.int32)).to(device),
         torch.from_numpy(np.ascontiguousarray(block_table, np.int32)).to(device),
         torch.from_numpy(blocks * block_size + positions % block_size).to(device),
+        decodes=int((row_counts == 1).sum()),
+        chunks=int((row_counts > 1).sum()),
     )

@@ -73,6 +73,7 @@ class EditTable:
         offsets: int64 [slots, modules, 5], in elements of the pool, of A, B, in_scale, out_scale
             and bias; -1 where absent.
         in_scaled: bool [slots, modules] on the host: which have an in_scale.
+        ranks: int32 [slots, modules], `rank` on the host.
         address: of a C view of the table, for kernels that run on the host.
     """
 
@@ -85,6 +86,8 @@ class EditTable:
         self.offsets = torch.full(shape, -1, dtype=torch.int64, device=device)
         self.in_scaled = np.zeros((slots, modules), dtype=bool)
         self._in_scaled_modules: frozenset[int] = frozenset()
+        self.ranks = np.zeros((slots, modules), dtype=np.int32)
+        self._max_ranks = [0] * modules
         addresses = (self.rank.data_ptr(), self.scale.data_ptr(), self.offsets.data_ptr())
         self._view = _HostView(slots, modules, *addresses)
         self.address = ctypes.addressof(self._view)
@@ -93,7 +96,7 @@ class EditTable:
         """Makes the slot leave every module alone."""
         self.rank[slot] = 0
         self.offsets[slot] = -1
-        self._mark_in_scaled(slot, np.zeros(self.modules, dtype=bool))
+        self._keep_on_host(slot, np.int32(0), np.False_)
 
     def write(
         self,
@@ -122,12 +125,23 @@ class EditTable:
         self.rank[slot] = torch.from_numpy(np.ascontiguousarray(rank))
         self.scale[slot] = torch.from_numpy(np.ascontiguousarray(scale))
         self.offsets[slot] = torch.from_numpy(np.ascontiguousarray(offsets))
-        self._mark_in_scaled(slot, offsets[:, IN_SCALE] >= 0)
+        self._keep_on_host(slot, rank, offsets[:, IN_SCALE] >= 0)
 
     def scales_inputs(self, group: SliceGroup) -> bool:
         """Whether any slot has an in_scale for a module of the group. Costs no kernel."""
         return not self._in_scaled_modules.isdisjoint(group.modules)
 
-    def _mark_in_scaled(self, slot: int, modules: npt.NDArray[np.bool_]) -> None:
-        self.in_scaled[slot] = modules
+    def max_rank(self, group: SliceGroup) -> int:
+        """The highest rank that any slot has on a module of the group."""
+        return max([self._max_ranks[module] for module in group.modules])
+
+    def _keep_on_host(
+        self,
+        slot: int,
+        rank: npt.NDArray[np.int32] | np.int32,
+        in_scaled: npt.NDArray[np.bool_] | np.bool_,
+    ) -> None:
+        self.ranks[slot] = rank
+        self._max_ranks = self.ranks.max(axis=0).tolist()
+        self.in_scaled[slot] = in_scaled
         self._in_scaled_modules = frozenset(np.flatnonzero(self.in_scaled.any(axis=0)).tolist())

@@ -1,8 +1,12 @@
-"""Kernel tests run through each backend, and the C++ one through each ISA, of this machine."""
+"""Kernel tests run through each backend, and the C++ one through each ISA, of this machine.
+
+With TRITON_INTERPRET=1 they run through the Triton kernels alone: test_triton.py starts that.
+"""
 
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -10,8 +14,16 @@ import torch
 
 from manylora.kernels import Backend, cpu
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED:
+    import triton_interpreter
+
+    triton_interpreter.install()
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BACKENDS = ("reference", *(f"cpu-{isa}" for isa in (cpu.isas() if cpu.available() else ())))
+if INTERPRETED:
+    BACKENDS = ("triton",)
 
 
 @pytest.fixture(params=BACKENDS)
