@@ -81,7 +81,7 @@ async def _ask(
 async def _show_mixed(client: AsyncClient, versions: Sequence[str], console: Console) -> float:
     """One prompt of each task, to the base and to every adapter, all at the same time."""
     answers = [
-        [Answer(task.held_out()[0], adapter) for adapter in ("", *versions)] for task in TASKS
+        [Answer(task.held_out()[-1], adapter) for adapter in ("", *versions)] for task in TASKS
     ]
     flat = [answer for row in answers for answer in row]
     console.rule(f"one mixed batch: {len(flat)} streams at the same time")
@@ -92,6 +92,8 @@ async def _show_mixed(client: AsyncClient, versions: Sequence[str], console: Con
 
         speed = await stream_together(client, flat, _STREAM_TOKENS, show)
         live.refresh()
+    if not console.is_terminal:
+        console.print()  # Live ends its line only on a terminal
     return speed
 
 
