@@ -37,12 +37,12 @@ MANYLORA_INLINE void gate_rows(T* out, const T* x, int64_t x_stride, int64_t row
 }
 
 // The codes of kernels/cpu/small.py.
-enum Activation : int32_t { kSilu = 0, kGeluTanh = 1, kGeluErf = 2 };
+enum Activation : int64_t { kSilu = 0, kGeluTanh = 1, kGeluErf = 2 };
 
 }  // namespace
 
 void act_mul(void* out, const void* x, int64_t x_stride, int64_t rows, int64_t size,
-             int32_t activation, int32_t dtype) {
+             int64_t activation, int64_t dtype) {
   const auto run = [&](auto t) {
     using T = decltype(t);
     T* const to = static_cast<T*>(out);

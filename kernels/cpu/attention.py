@@ -10,17 +10,18 @@ import torch
 
 from manylora.kernels.attention import AttentionBatch
 from manylora.kernels.cpu import library
+from manylora.kernels.cpu.library import INT64
 
 _DTYPES = library.DTYPES
 
 _attend = library.kernel(
     "paged_attention",
-    *(c_void_p, c_void_p, c_int64, c_int64),  # out, q, its row and head strides
+    *(c_void_p, c_void_p, INT64, INT64),  # out, q, its row and head strides
     *(c_void_p, c_void_p, c_void_p, c_void_p),  # k_cache, v_cache, batch, layer
 )
 _write = library.kernel(
     "write_kv",
-    *(c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64),  # k, strides, v, strides
+    *(c_void_p, INT64, INT64, c_void_p, INT64, INT64),  # k, strides, v, strides
     *(c_void_p, c_void_p, c_void_p, c_void_p),  # k_cache, v_cache, batch, layer
 )
 

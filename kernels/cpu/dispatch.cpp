@@ -105,15 +105,15 @@ MANYLORA_KERNEL(rotary_write_kv,
 
 MANYLORA_KERNEL(rms_norm,
                 (void* out, const void* x, int64_t x_stride, void* residual, const void* weight,
-                 int64_t rows, int64_t size, float eps, float offset, int32_t dtype),
+                 int64_t rows, int64_t size, float eps, float offset, int64_t dtype),
                 (out, x, x_stride, residual, weight, rows, size, eps, offset, dtype))
 
 MANYLORA_KERNEL(layer_norm,
                 (void* out, const void* x, int64_t x_stride, void* residual, const void* weight,
-                 const void* bias, int64_t rows, int64_t size, float eps, int32_t dtype),
+                 const void* bias, int64_t rows, int64_t size, float eps, int64_t dtype),
                 (out, x, x_stride, residual, weight, bias, rows, size, eps, dtype))
 
 MANYLORA_KERNEL(act_mul,
                 (void* out, const void* x, int64_t x_stride, int64_t rows, int64_t size,
-                 int32_t activation, int32_t dtype),
+                 int64_t activation, int64_t dtype),
                 (out, x, x_stride, rows, size, activation, dtype))

@@ -17,6 +17,9 @@ import torch
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """How a call names its tensors' type (`DType` in types.h)."""
 
+INT64 = ctypes.c_void_p
+"""An int64_t argument: ctypes makes a pointer of an integer in a third of the time of a c_int64."""
+
 _PATH = Path(__file__).with_name("libmanylora_cpu.so")
 
 

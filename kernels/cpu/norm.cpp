@@ -77,7 +77,7 @@ static void layer_rows(T* out, const T* x, int64_t x_stride, T* residual, const 
 }  // namespace
 
 void rms_norm(void* out, const void* x, int64_t x_stride, void* residual, const void* weight,
-              int64_t rows, int64_t size, float eps, float offset, int32_t dtype) {
+              int64_t rows, int64_t size, float eps, float offset, int64_t dtype) {
   const auto run = [&](auto t) {
     using T = decltype(t);
     rms_rows(static_cast<T*>(out), static_cast<const T*>(x), x_stride, static_cast<T*>(residual),
@@ -89,7 +89,7 @@ void rms_norm(void* out, const void* x, int64_t x_stride, void* residual, const 
 }
 
 void layer_norm(void* out, const void* x, int64_t x_stride, void* residual, const void* weight,
-                const void* bias, int64_t rows, int64_t size, float eps, int32_t dtype) {
+                const void* bias, int64_t rows, int64_t size, float eps, int64_t dtype) {
   const auto run = [&](auto t) {
     using T = decltype(t);
     layer_rows(static_cast<T*>(out), static_cast<const T*>(x), x_stride, static_cast<T*>(residual),

@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
-from ctypes import c_float, c_int32, c_int64, c_void_p
+from ctypes import c_float, c_void_p
 
 import torch
 
 from manylora.kernels.attention import AttentionBatch
 from manylora.kernels.cpu import library
 from manylora.kernels.cpu.attention import layer
+from manylora.kernels.cpu.library import INT64
 
 _DTYPES = library.DTYPES
 _ACTIVATIONS = {"silu": 0, "tanh": 1, "none": 2}
 
 _rms_norm = library.kernel(
     "rms_norm",
-    *(c_void_p, c_void_p, c_int64, c_void_p, c_void_p),  # out, x, stride, residual, weight
-    *(c_int64, c_int64, c_float, c_float, c_int32),  # rows, size, eps, offset, dtype
+    *(c_void_p, c_void_p, INT64, c_void_p, c_void_p),  # out, x, stride, residual, weight
+    *(INT64, INT64, c_float, c_float, INT64),  # rows, size, eps, offset, dtype
 )
 _layer_norm = library.kernel(
     "layer_norm",
-    *(c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p),  # and bias
-    *(c_int64, c_int64, c_float, c_int32),
+    *(c_void_p, c_void_p, INT64, c_void_p, c_void_p, c_void_p),  # as above, and bias
+    *(INT64, INT64, c_float, INT64),  # rows, size, eps, dtype
 )
 _act_mul = library.kernel(
     "act_mul",
-    *(c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int32, c_int32),
+    *(c_void_p, c_void_p, INT64, INT64, INT64, INT64, INT64),  # out, x, stride, …, dtype
 )
 _rotary = library.kernel(
     "rotary_write_kv",
-    *(c_void_p, c_int64, c_void_p, c_void_p, c_int64),  # qkv, stride, cos, sin, half
+    *(c_void_p, INT64, c_void_p, c_void_p, INT64),  # qkv, stride, cos, sin, half
     *(c_void_p, c_void_p, c_void_p, c_void_p),  # k_cache, v_cache, batch, layer
 )
 
@@ -50,9 +51,10 @@ def rms_norm(
     """
     rows, size = x.shape
     stride, step = x.stride()
-    if step != 1 or not _fits(weight, x, size):
+    dtype = x.dtype
+    if step != 1 or weight.dtype != dtype or weight.numel() != size or not weight.is_contiguous():
         raise _misfit("rms_norm", x, weight)
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    out = torch.empty_like(x) if stride == size else torch.empty(rows, size, dtype=dtype)
     _rms_norm(
         out.data_ptr(),
         x.data_ptr(),
@@ -63,7 +65,7 @@ def rms_norm(
         size,
         eps,
         offset,
-        _DTYPES[x.dtype],
+        _DTYPES[dtype],
     )
     return out, x if residual is None else residual
 
@@ -82,11 +84,14 @@ def layer_norm(
     """
     rows, size = x.shape
     stride, step = x.stride()
-    if step != 1 or not _fits(weight, x, size):
+    dtype = x.dtype
+    if step != 1 or weight.dtype != dtype or weight.numel() != size or not weight.is_contiguous():
         raise _misfit("layer_norm", x, weight)
-    if bias is not None and not _fits(bias, x, size):
+    if bias is not None and (
+        bias.dtype != dtype or bias.numel() != size or not bias.is_contiguous()
+    ):
         raise _misfit("layer_norm", x, bias)
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    out = torch.empty_like(x) if stride == size else torch.empty(rows, size, dtype=dtype)
     _layer_norm(
         out.data_ptr(),
         x.data_ptr(),
@@ -97,7 +102,7 @@ def layer_norm(
         rows,
         size,
         eps,
-        _DTYPES[x.dtype],
+        _DTYPES[dtype],
     )
     return out, x if residual is None else residual
 
@@ -178,7 +183,7 @@ def _gate(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
             "gate_up: wanted [rows, 2 * n] with contiguous rows; "
             f"found {tuple(gate_up.shape)} {gate_up.stride()}"
         )
-    out = gate_up.new_empty((rows, size))
+    out = torch.empty(rows, size, dtype=gate_up.dtype)
     _act_mul(
         out.data_ptr(),
         gate_up.data_ptr(),
@@ -189,10 +194,6 @@ def _gate(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
         _DTYPES[gate_up.dtype],
     )
     return out
-
-
-def _fits(vector: torch.Tensor, x: torch.Tensor, size: int) -> bool:
-    return vector.dtype == x.dtype and vector.numel() == size and vector.is_contiguous()
 
 
 def _residual(residual: torch.Tensor, x: torch.Tensor) -> int:
