@@ -56,30 +56,9 @@ def train(settings: TrainSettings, console: Console | None = None) -> TrainResul
         AlreadyExists: the output directory holds a finished adapter.
     """
     _require_extra()
-    began = time.monotonic()
-    rows, held_out = _split(settings)
-    output = Output(settings)
-    checkpoint = output.checkpoint()
-    base = load_base(settings)
-    encoder = Encoder(base.tokenizer, base.end_ids)
-    examples = encoder.encode_all(rows, settings.max_length)
-    validation = encoder.encode_all(held_out, settings.max_length)
-    torch.manual_seed(settings.seed)
-    model = _adapt(base, settings)
-    trainer = _trainer(settings, base, model, output, examples, validation)
-    output.begin()
-    loss = _run(trainer, settings, checkpoint, console or Console(stderr=True))
-    validation_loss = trainer.evaluate()["eval_loss"] if validation else None
-    output.finish(model, base.name)
-    return TrainResult(
-        directory=output.directory,
-        steps=trainer.state.global_step,
-        trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        loss=loss,
-        validation_loss=validation_loss,
-        seconds=time.monotonic() - began,
-        version=_publish(settings, output.directory),
-    )
+    with catch_warnings():  # of names that peft still uses and transformers has given up
+        filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
+        return _train(settings, console or Console(stderr=True))
 
 
 def answer_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
@@ -95,6 +74,33 @@ def answer_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = No
     logits = outputs.logits.flatten(0, 1)[learned].float()
     loss = torch.nn.functional.cross_entropy(logits, wanted[learned], reduction="sum")
     return loss / (learned.sum() if num_items_in_batch is None else num_items_in_batch)
+
+
+def _train(settings: TrainSettings, console: Console) -> TrainResult:
+    began = time.monotonic()
+    rows, held_out = _split(settings)
+    output = Output(settings)
+    checkpoint = output.checkpoint()
+    base = load_base(settings)
+    encoder = Encoder(base.tokenizer, base.end_ids)
+    examples = encoder.encode_all(rows, settings.max_length)
+    validation = encoder.encode_all(held_out, settings.max_length)
+    torch.manual_seed(settings.seed)
+    model = _adapt(base, settings)
+    trainer = _trainer(settings, base, model, output, examples, validation)
+    output.begin()
+    loss = _run(trainer, settings, checkpoint, console)
+    validation_loss = trainer.evaluate()["eval_loss"] if validation else None
+    output.finish(model, base.name)
+    return TrainResult(
+        directory=output.directory,
+        steps=trainer.state.global_step,
+        trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        loss=loss,
+        validation_loss=validation_loss,
+        seconds=time.monotonic() - began,
+        version=_publish(settings, output.directory),
+    )
 
 
 def _require_extra() -> None:
@@ -209,9 +215,7 @@ def _run(
 ) -> float:
     from manylora.training.progress import TrainProgress  # noqa: PLC0415
 
-    with TrainProgress(f"training {settings.name}", console) as progress, catch_warnings():
-        # Trainer and peft ask each other by names that transformers has given up since
-        filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
+    with TrainProgress(f"training {settings.name}", console) as progress:
         trainer.add_callback(progress)
         done = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return float(done.training_loss)
