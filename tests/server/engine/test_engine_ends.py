@@ -246,6 +246,31 @@ async def test_an_engine_that_breaks_leaves_nobody_waiting(house: House) -> None
     await asyncio.wait_for(house.engine.failed(), PATIENCE)
 
 
+async def test_messages_that_a_broken_engine_never_reads(house: House) -> None:
+    """They came while its last step ran."""
+    stepping, told = threading.Event(), threading.Event()
+
+    def fail(_: object) -> None:
+        stepping.set()
+        told.wait(PATIENCE)
+        raise RuntimeError("the observer is broken")
+
+    house.seen.at_step = fail
+    calls = [asyncio.ensure_future(house.ask(PROMPT))]
+    assert await asyncio.to_thread(stepping.wait, PATIENCE)
+    calls += [
+        asyncio.ensure_future(house.ask(PROMPT)),
+        asyncio.ensure_future(house.load("adapter-1")),
+        asyncio.ensure_future(house.engine.residency()),
+        asyncio.ensure_future(house.engine.unload_adapter("adapter-1")),
+    ]
+    await asyncio.sleep(0)  # each has put its message
+    told.set()
+    for call in calls:
+        with pytest.raises(Unavailable):
+            await asyncio.wait_for(call, PATIENCE)
+
+
 async def test_what_the_observer_is_told(start: Start) -> None:
     house = await start(block_size=4)
     await house.ask(PROMPT, "adapter-1", max_tokens=5, ignore_eos=True)

@@ -279,14 +279,15 @@ def test_a_preempted_one_comes_before_who_came_later(houses: list[House]) -> Non
 
 
 def test_one_passed_over_keeps_its_place(houses: list[House]) -> None:
-    house = House(sequences=1)
+    house = House(sequences=2)
     houses.append(house)
-    first, loading, *later = (house.add("b" if i == 1 else "", [1], 2) for i in range(4))
+    long = house.add("", [1], 20)
+    loading, *others = (house.add("" if i else "b", [1], 2) for i in range(4))
     house.step()
-    house.step()
+    assert house.scheduler.running == [long, others[0]]
     house.loading.finish("b")
     house.run()
-    assert house.finished == [first, loading, *later]
+    assert house.finished == [others[0], loading, *others[1:], long]
 
 
 def test_a_preempted_ones_adapter_may_go_and_comes_back(houses: list[House]) -> None:
