@@ -11,7 +11,7 @@ from pathlib import Path
 
 from manylora.adapters_store.adapter_version import AdapterVersion
 from manylora.adapters_store.names import AdapterName, AdapterRef
-from manylora.errors import FailedPrecondition, Unavailable
+from manylora.errors import FailedPrecondition, ResourceExhausted, Unavailable
 
 _FORMAT = 1
 _BUSY_SECONDS = 60.0
@@ -42,7 +42,6 @@ SELECT tenant, adapter, version, digest, size_bytes, created, peft_type, rank,
      WHERE a.tenant = v.tenant AND a.adapter = v.adapter AND a.version = v.version)
 FROM versions v
 """
-_OF_ALIAS = "(SELECT version FROM aliases WHERE tenant = ? AND adapter = ? AND alias = ?)"
 _IS_NEWEST = """version = (SELECT max(version) FROM versions w
     WHERE w.tenant = v.tenant AND w.adapter = v.adapter)"""
 
@@ -70,7 +69,8 @@ class Database:
     def write(self) -> Iterator[Rows]:
         """One transaction that no other writer, in any process, overlaps.
 
-        Raises Unavailable if another one holds on for a minute.
+        Raises Unavailable if another one holds on for a minute, ResourceExhausted when the disk
+        is full.
         """
         with self._writer_lock:
             try:
@@ -79,10 +79,13 @@ class Database:
                 raise Unavailable(f"the adapter store is busy: {error}") from error
             try:
                 yield Rows(self._writer)
-            except BaseException:
-                self._writer.execute("ROLLBACK")
+                self._writer.execute("COMMIT")
+            except BaseException as error:
+                if self._writer.in_transaction:  # some errors end it by themselves
+                    self._writer.execute("ROLLBACK")
+                if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
+                    raise ResourceExhausted("the adapter store's disk is full") from error
                 raise
-            self._writer.execute("COMMIT")
 
     def close(self) -> None:
         with self._writer_lock, self._reader_lock:
