@@ -146,8 +146,8 @@ def _tensor(name: str, entry: object, data: int, limits: Limits) -> TensorInfo:
         raise InvalidArgument(
             "dtype is not served", field=field, found=ascii(dtype), wanted=" or ".join(DTYPES)
         )
-    shape = _whole_numbers(entry["shape"], f"{field} (shape)", least=1)
-    offsets = _whole_numbers(entry["data_offsets"], f"{field} (data_offsets)", least=0)
+    shape = _whole_numbers(entry["shape"], f"{field} (shape)")
+    offsets = _whole_numbers(entry["data_offsets"], f"{field} (data_offsets)")
     if len(offsets) != 2:
         raise InvalidArgument(
             "not two offsets", field=f"{field} (data_offsets)", found=len(offsets)
@@ -163,17 +163,17 @@ def _tensor(name: str, entry: object, data: int, limits: Limits) -> TensorInfo:
     return TensorInfo(DTYPES[dtype], shape, data + offsets[0], data + offsets[1])
 
 
-def _whole_numbers(value: object, field: str, least: int) -> tuple[int, ...]:
+def _whole_numbers(value: object, field: str) -> tuple[int, ...]:
     if (
         not isinstance(value, list)
         or len(value) > _MAX_DIMENSIONS
-        or any(type(item) is not int or not least <= item < 1 << 48 for item in value)
+        or any(type(item) is not int or not 0 <= item < 1 << 48 for item in value)
     ):
         raise InvalidArgument(
             "not a list of whole numbers",
             field=field,
             found=value if len(repr(value)) < 200 else "a long value",
-            wanted=f"at most {_MAX_DIMENSIONS} numbers, each at least {least}",
+            wanted=f"at most {_MAX_DIMENSIONS} numbers, each at least 0",
         )
     return tuple(value)
 
@@ -182,7 +182,7 @@ def _check_layout(
     tensors: Mapping[str, TensorInfo], data: int, size: int
 ) -> Mapping[str, TensorInfo]:
     """The tensors' bytes must follow one another and fill the file."""
-    ordered = dict(sorted(tensors.items(), key=lambda item: item[1].begin))
+    ordered = dict(sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)))
     position = data
     for name, info in ordered.items():
         if info.begin != position:

@@ -3,35 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
 
 from manylora.adapters_store.edits import LoweredAdapter, ModuleShape
 from manylora.adapters_store.files import CONFIG_FILE
 from manylora.adapters_store.format import Checkpoint
 from manylora.adapters_store.limits import Limits
-from manylora.adapters_store.lowering import lora
+from manylora.adapters_store.lowering import (
+    adalora,
+    beft,
+    deft,
+    delora,
+    gralora,
+    hra,
+    ia3,
+    loha,
+    lokr,
+    lora,
+    miss,
+    vblora,
+    vera,
+)
 from manylora.adapters_store.lowering.base_copies import BaseParameter
+from manylora.adapters_store.lowering.method import Family
 from manylora.errors import FailedPrecondition, InvalidArgument
 
-__all__ = ["BaseParameter", "check_config", "lower", "peft_type"]
+__all__ = ["FAMILIES", "BaseParameter", "check_config", "lower", "peft_type"]
 
 
-class Family(Protocol):
-    """A module that lowers one PEFT method."""
-
-    def check(self, checkpoint: Checkpoint, limits: Limits) -> int:
-        """See check_config."""
-
-    def lower(
-        self,
-        checkpoint: Checkpoint,
-        modules: Mapping[str, ModuleShape],
-        parameter: BaseParameter | None,
-    ) -> LoweredAdapter:
-        """See lower."""
-
-
-_FAMILIES: Mapping[str, Family] = {"LORA": lora}
+FAMILIES: Mapping[str, Family] = {
+    "ADALORA": adalora.FAMILY,
+    "BEFT": beft.FAMILY,
+    "DEFT": deft.FAMILY,
+    "DELORA": delora.FAMILY,
+    "GRALORA": gralora.FAMILY,
+    "HRA": hra.FAMILY,
+    "IA3": ia3.FAMILY,
+    "LOHA": loha.FAMILY,
+    "LOKR": lokr.FAMILY,
+    "LORA": lora.FAMILY,
+    "MISS": miss.FAMILY,
+    "PVERA": vera.PVERA,
+    "VBLORA": vblora.FAMILY,
+    "VERA": vera.FAMILY,
+}
 
 
 def peft_type(checkpoint: Checkpoint) -> str:
@@ -40,10 +54,10 @@ def peft_type(checkpoint: Checkpoint) -> str:
     Raises FailedPrecondition for any other, InvalidArgument where there is none.
     """
     value = checkpoint.config.get("peft_type")
-    field, wanted = f"{CONFIG_FILE}: peft_type", "one of " + ", ".join(_FAMILIES)
+    field, wanted = f"{CONFIG_FILE}: peft_type", "one of " + ", ".join(FAMILIES)
     if not isinstance(value, str):
         raise InvalidArgument("not a PEFT type", field=field, found=ascii(value), wanted=wanted)
-    if value not in _FAMILIES:
+    if value not in FAMILIES:
         raise FailedPrecondition(
             "this PEFT type is not served", field=field, found=ascii(value), wanted=wanted
         )
@@ -57,7 +71,7 @@ def check_config(checkpoint: Checkpoint, limits: Limits) -> int:
     InvalidArgument for a checkpoint that contradicts itself, FailedPrecondition for one that is
     sound but not served; both name the key or tensor.
     """
-    return _FAMILIES[peft_type(checkpoint)].check(checkpoint, limits)
+    return FAMILIES[peft_type(checkpoint)].check(checkpoint, limits)
 
 
 def lower(
@@ -72,4 +86,4 @@ def lower(
     those are refused. Raises FailedPrecondition naming the tensor, its shape and the shape wanted
     where the adapter does not fit, and what check_config raises.
     """
-    return _FAMILIES[peft_type(checkpoint)].lower(checkpoint, modules, parameter)
+    return FAMILIES[peft_type(checkpoint)].lower(checkpoint, modules, parameter)

@@ -67,6 +67,10 @@ class ConfigReader:
                     wanted=" or ".join("null" if off is None else repr(off) for off in allowed),
                 )
 
+    def field(self, key: str) -> str:
+        """The key's name in errors."""
+        return _field(key)
+
     def whole_number(self, key: str, *, least: int, most: int) -> int:
         return whole_number(self.config.get(key), key, least=least, most=most)
 

@@ -57,8 +57,9 @@ class AdaptedModel:
     def parameter(self, name: str) -> Tensor | None:
         """A parameter of the base by its name in the tree, or None. Not to be changed."""
         module, _, leaf = name.rpartition(".")
-        if leaf == "weight" and module in self.packed:
-            return self.packed[module].weight()
+        if module in self.packed:
+            rows = self.packed[module]
+            return {"weight": rows.weight, "bias": rows.bias}.get(leaf, lambda: None)()
         try:
             parameter = getattr(self.model.get_submodule(module), leaf)
         except AttributeError:

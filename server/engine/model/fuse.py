@@ -83,7 +83,7 @@ def fuse(
 
 @dataclass(slots=True, frozen=True)
 class PackedRows:
-    """One module's weight within a packed product."""
+    """One module's weight and bias within a packed product."""
 
     projection: Projection
     start: int
@@ -92,6 +92,11 @@ class PackedRows:
     def weight(self) -> Tensor:
         """[out, in], a copy or a view."""
         return self.projection.weight().narrow(0, self.start, self.size)
+
+    def bias(self) -> Tensor | None:
+        """[out], a view; None if the module has none."""
+        bias = self.projection.product.bias
+        return None if bias is None else bias.detach().narrow(0, self.start, self.size)
 
 
 class Projection:

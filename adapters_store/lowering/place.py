@@ -1,0 +1,57 @@
+"""One module of the base, and one adapter's tensors for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from manylora.adapters_store.edits import ModuleKind, ModuleShape
+from manylora.adapters_store.lowering.base_copies import BaseParameter
+from manylora.errors import FailedPrecondition
+
+
+@dataclass(slots=True, frozen=True)
+class Sizes:
+    """A module's sizes; None where there is no base to ask."""
+
+    inputs: int | None = None
+    outputs: int | None = None
+
+
+@dataclass(slots=True, frozen=True)
+class Place:
+    """tensors: by part; shared: the adapter's own, by name; both in the file's dtypes, checked.
+    rank: of the method's tensors for this module."""
+
+    name: str
+    shape: ModuleShape
+    tensors: Mapping[str, torch.Tensor]
+    shared: Mapping[str, torch.Tensor]
+    parameter: BaseParameter | None
+    rank: int
+
+    def double(self, part: str) -> torch.Tensor:
+        return self.tensors[part].double()
+
+    def weight(self) -> torch.Tensor:
+        """The base's own weight, [out, in], float64 on the host.
+
+        Raises FailedPrecondition if the base was not given, or has its weight in another form.
+        """
+        weight = None if self.parameter is None else self.parameter(f"{self.name}.weight")
+        if weight is None or not weight.is_floating_point():
+            raise FailedPrecondition(
+                "this method needs the base's own weight",
+                field=f"{self.name}.weight",
+                found="nothing" if weight is None else str(weight.dtype),
+                wanted="a base in float32, float16 or bfloat16",
+            )
+        own = weight.detach().cpu().double()
+        return own.T if self.shape.kind is ModuleKind.CONV1D else own
+
+    def bias(self) -> torch.Tensor | None:
+        """The base's own bias, [out], float64 on the host; None if the module has none."""
+        bias = None if self.parameter is None else self.parameter(f"{self.name}.bias")
+        return None if bias is None else bias.detach().cpu().double()

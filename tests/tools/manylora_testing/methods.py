@@ -1,0 +1,176 @@
+"""Every served PEFT method: adapters that peft itself makes and saves, with weights that matter."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Places:
+    """Modules of one architecture: some of attention, some of the MLP, and its last."""
+
+    attention: tuple[str, ...]
+    mlp: tuple[str, ...]
+    last: str
+
+    @property
+    def all(self) -> list[str]:
+        return [*self.attention, *self.mlp]
+
+
+_LLAMA = Places(("q_proj", "v_proj", "o_proj"), ("up_proj", "down_proj"), "down_proj")
+PLACES = {
+    "llama": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "opt": Places(("q_proj", "v_proj", "out_proj"), ("fc1", "fc2"), "fc2"),
+    "gpt2": Places(("c_attn",), ("c_fc", "mlp.c_proj"), "mlp.c_proj"),
+}
+
+
+def _kept_ranks(places: Places) -> dict[str, list[bool]]:
+    """AdaLoRA's `rank_pattern`, as its allocator leaves it."""
+    module = {"q_proj": "layers.0.self_attn.q_proj", "c_attn": "h.0.attn.c_attn"}
+    name = module[places.attention[0]]
+    prefix = "transformer" if name.startswith("h.") else "model"
+    if places.last == "fc2":
+        prefix = "model.decoder"
+    kept = {f"{prefix}.{name}.lora_E": [True, False, True, True]}
+    return {**kept, f"{prefix}.{name.replace('.0.', '.1.', 1)}.lora_E": [False] * 4}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """kind: of peft's config; options: its arguments, some by the architecture's places."""
+
+    kind: Any
+    options: Mapping[str, Any] = field(default_factory=dict)
+    placed: Callable[[Places], Mapping[str, Any]] = lambda places: {"target_modules": places.all}
+    conv1d: bool = True
+    after: Callable[[Any, Places], None] = lambda config, places: None  # noqa: ARG005
+
+    def config(self, arch: str) -> peft.PeftConfig:
+        options = {**self.options, **self.placed(PLACES[arch])}
+        return self.kind(task_type="CAUSAL_LM", **options)
+
+
+def _keep_ranks(config: Any, places: Places) -> None:
+    config.rank_pattern = _kept_ranks(places)
+
+
+def _ia3(places: Places) -> dict[str, Any]:
+    return {"target_modules": places.all, "feedforward_modules": list(places.mlp)}
+
+
+def _ia3_odd(places: Places) -> dict[str, Any]:
+    scaled = places.attention[:2]
+    return {"target_modules": places.all, "feedforward_modules": list(scaled)}
+
+
+_LORA: dict[str, Any] = {"r": 4, "lora_alpha": 6}
+_ADALORA: dict[str, Any] = {"init_r": 4, "target_r": 3, "lora_alpha": 6, "total_step": 10}
+
+METHODS: dict[str, Recipe] = {
+    "lora": Recipe(peft.LoraConfig, _LORA),
+    "rslora": Recipe(peft.LoraConfig, {**_LORA, "use_rslora": True}),
+    "lora-bias-only": Recipe(peft.LoraConfig, {**_LORA, "bias": "lora_only"}),
+    "lora-bias-all": Recipe(peft.LoraConfig, {**_LORA, "bias": "all"}),
+    "lora_bias": Recipe(peft.LoraConfig, {**_LORA, "lora_bias": True}),
+    "dora": Recipe(peft.LoraConfig, {**_LORA, "use_dora": True}),
+    "dora-bias": Recipe(peft.LoraConfig, {**_LORA, "use_dora": True, "bias": "lora_only"}),
+    "pissa": Recipe(peft.LoraConfig, {**_LORA, "init_lora_weights": "pissa"}),
+    "pissa-dora": Recipe(
+        peft.LoraConfig, {**_LORA, "init_lora_weights": "pissa", "use_dora": True}
+    ),
+    "olora": Recipe(peft.LoraConfig, {**_LORA, "init_lora_weights": "olora"}, conv1d=False),
+    "adalora": Recipe(peft.AdaLoraConfig, _ADALORA, after=_keep_ranks),
+    "adalora-bias": Recipe(peft.AdaLoraConfig, {**_ADALORA, "bias": "lora_only", "lora_alpha": 0}),
+    "ia3": Recipe(peft.IA3Config, placed=_ia3),
+    "ia3-odd": Recipe(peft.IA3Config, placed=_ia3_odd),
+    "vera": Recipe(peft.VeraConfig, {"r": 6}),
+    "vera-seed": Recipe(
+        peft.VeraConfig,
+        {"r": 6, "save_projection": False, "projection_prng_key": 3, "bias": "vera_only"},
+    ),
+    "pvera": Recipe(peft.PveraConfig, {"r": 6}),
+    "pvera-seed": Recipe(peft.PveraConfig, {"r": 6, "save_projection": False}),
+    "loha": Recipe(
+        peft.LoHaConfig,
+        {"r": 3, "alpha": 5, "rank_pattern": {"v_proj": 2}, "alpha_pattern": {"q_proj": 9}},
+        conv1d=False,
+    ),
+    "lokr": Recipe(peft.LoKrConfig, {"r": 3, "alpha": 5}, conv1d=False),
+    "lokr-both": Recipe(
+        peft.LoKrConfig,
+        {"r": 2, "alpha": 5, "decompose_both": True, "decompose_factor": 8},
+        conv1d=False,
+    ),
+    "hra": Recipe(peft.HRAConfig, {"r": 5, "bias": "hra_only"}, conv1d=False),
+    "hra-gs": Recipe(peft.HRAConfig, {"r": 4, "apply_GS": True}, conv1d=False),
+    "vblora": Recipe(peft.VBLoRAConfig, {"r": 4, "num_vectors": 12, "vector_length": 8, "topk": 2}),
+    "delora": Recipe(peft.DeloraConfig, {"r": 4, "delora_lambda": 6}, conv1d=False),
+    "gralora": Recipe(
+        peft.GraloraConfig,
+        {"r": 4, "gralora_k": 2, "hybrid_r": 2, "alpha": 6},
+    ),
+    "miss": Recipe(peft.MissConfig, {"r": 5}, conv1d=False),
+    "miss-mini": Recipe(
+        peft.MissConfig, {"r": 4, "mini_r": 8, "init_weights": "mini"}, conv1d=False
+    ),
+    "beft": Recipe(peft.BeftConfig, conv1d=False),
+    "deft": Recipe(peft.DeftConfig, {"r": 4, "alpha": 6}),
+    "deft-qr": Recipe(peft.DeftConfig, {"r": 4, "decomposition_method": "qr"}),
+    "para": Recipe(peft.DeftConfig, {"r": 4, "para": True}),
+}
+"""Name → how to make it."""
+
+
+def methods_of(arch: str) -> list[str]:
+    """Those that peft has for the architecture."""
+    return [name for name, recipe in METHODS.items() if recipe.conv1d or arch != "gpt2"]
+
+
+def make_method(method: str, arch: str, base: nn.Module, directory: Path) -> Path:
+    """Makes an adapter for a fresh copy of the base, and saves it."""
+    recipe = METHODS[method]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(copy.deepcopy(base), recipe.config(arch))
+        _shake(model, zlib.crc32(f"{method} {arch}".encode()))
+        recipe.after(model.peft_config["default"], PLACES[arch])
+        model.save_pretrained(directory)
+    return directory
+
+
+@torch.no_grad()
+def peft_rows(base: nn.Module, directory: Path | None, ids: list[int]) -> torch.Tensor:
+    """What peft computes: float32 [len(ids), vocab]; directory None is the base."""
+    model: Any = copy.deepcopy(base)
+    if directory is not None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = peft.PeftModel.from_pretrained(model, directory)
+    logits: torch.Tensor = model.eval()(torch.tensor([ids]), use_cache=False).logits[0]
+    return logits
+
+
+@torch.no_grad()
+def _shake(model: nn.Module, seed: int) -> None:
+    """Moves every trained tensor by a fair part of its size, or to a size of its own if it is
+    zero; norms' biases stay, for no linear module has them."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad or "norm" in name or ".ln_" in name:
+            continue
+        size = float(parameter.abs().mean()) or 0.3 * parameter.shape[-1] ** -0.5
+        parameter.add_(0.5 * size * torch.randn(parameter.shape, generator=generator))
