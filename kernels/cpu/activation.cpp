@@ -23,10 +23,13 @@ MANYLORA_INLINE Vec gelu_erf(Vec x) {
   return select_below(x, zero(), tail, sub(x, tail));
 }
 
+// An exponential and a division, in elements of a norm.
+constexpr int64_t kWorkPerElement = 3;
+
 template <class T, class Act>
 MANYLORA_INLINE void gate_rows(T* out, const T* x, int64_t x_stride, int64_t rows, int64_t n,
                                const Act& act) {
-  each_row(rows, n, [&](int64_t row) {
+  each_row(rows, n * kWorkPerElement, [&](int64_t row) {
     const T* const gate = x + row * x_stride;
     const T* const up = gate + n;
     T* const to = out + row * n;

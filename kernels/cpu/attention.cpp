@@ -225,7 +225,7 @@ static void weigh(const AttentionLayer& layer, float slope, int64_t distance, in
     store(weights + i * kLanes, weight);
     sums = add(sums, weight);
   }
-  *keep = exp_of(*top - shift);
+  *keep = new_top == *top ? 1.0f : exp_of(*top - shift);
   *weight_sum = *weight_sum * *keep + sum(sums);
   *top = new_top;
 }

@@ -8,8 +8,8 @@
 namespace manylora {
 namespace MANYLORA_ISA {
 
-// Fewer elements are not worth waking a thread.
-constexpr int64_t kTaskElements = 16384;
+// Less work, in elements that a norm reads, is not worth waking a thread.
+constexpr int64_t kTaskWork = 32768;
 
 // A vector's worth of a row, or less at its end.
 struct Whole {};
@@ -41,10 +41,10 @@ MANYLORA_INLINE void each_vec(int64_t n, const Visit& visit) {
   if (i < n) visit(i, Tail{n - i});
 }
 
-// Calls visit(row) for each row of `size` elements, on several threads if that is much.
+// Calls visit(row) for each row, on several threads if there is much to do.
 template <class Visit>
-static void each_row(int64_t rows, int64_t size, const Visit& visit) {
-  const int64_t step = kTaskElements / (size + 1) + 1;
+static void each_row(int64_t rows, int64_t row_work, const Visit& visit) {
+  const int64_t step = kTaskWork / (row_work + 1) + 1;
   parallel_tasks((rows + step - 1) / step, threads(), [&](int64_t task) {
     const int64_t end = (task + 1) * step < rows ? (task + 1) * step : rows;
     for (int64_t row = task * step; row < end; ++row) visit(row);
