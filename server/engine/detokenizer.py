@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 CONTEXT = 6  # prompt tokens decoded along at first, so that a leading space comes out right
 REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are not yet a character
 LONGEST = 4  # bytes of a character, so tokens that may share one
+MOST_HELD = 128  # tokens that may pass without text; more of them are no character's beginning
 
 
 class Detokenizer:
@@ -29,15 +30,24 @@ class Detokenizer:
         self._complete = _without_half_character(self._ids, decode)
 
     def push(self, token: int) -> str:
-        """The text that is certain after one more token; "" while a character is incomplete."""
+        """The text that is certain after one more token; "" while a character is incomplete.
+
+        Its cost has a bound, whatever the tokens: one stream's must not hold up the others.
+        """
         self._ids.append(token)
         text = self._decode(self._ids)
         new = self._beyond(text)
-        if not new or text.endswith(REPLACEMENT):
+        too_many = len(self._ids) - self._fresh >= MOST_HELD
+        if not new:
+            if too_many:  # special tokens: the text is the same without them
+                del self._ids[self._fresh : -LONGEST]
+            return ""
+        if text.endswith(REPLACEMENT) and not too_many:
             return ""
         self._ids = self._ids[self._fresh :]
         self._fresh = len(self._ids)
-        self._emitted = self._complete = self._decode(self._ids)
+        self._emitted = self._decode(self._ids)
+        self._complete = _without_half_character(self._ids, self._decode)
         return new
 
     def flush(self) -> str:

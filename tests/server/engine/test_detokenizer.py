@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from manylora.server.engine.detokenizer import REPLACEMENT, Detokenizer, StopStrings
+from manylora.server.engine.detokenizer import MOST_HELD, REPLACEMENT, Detokenizer, StopStrings
 
 SPECIAL = "<|end|>"
 WORDS = ("he", "hello", "the", " the", " world", "  ", "né", "日本", " 日", "\n\n", "don't")
@@ -218,6 +218,27 @@ def test_the_replacement_character_itself_is_text(language: Callable[[], Languag
     assert "".join(stream(spoken, word, sign)) == REPLACEMENT
     assert "".join(stream(spoken, [*word, *sign], word)) == "the"
     assert "".join(stream(spoken, [*word, *sign], [])) == ""
+
+
+@pytest.mark.parametrize("language", [byte_level, byte_fallback])
+@pytest.mark.parametrize("garbage", ["special", "bytes"])
+def test_no_token_takes_long_whatever_came_before(
+    language: Callable[[], Language], garbage: str
+) -> None:
+    """Neither special tokens nor bytes that are no text make the window longer and longer."""
+    spoken = language()
+    windows: list[int] = []
+
+    def decode(ids: Sequence[int]) -> str:
+        windows.append(len(ids))
+        return spoken.decode(ids)
+
+    noise = [spoken.special] if garbage == "special" else spoken.split(b"\xff")
+    word = spoken.tokens("the", [])
+    detokenizer = Detokenizer(decode, word)
+    text = "".join(detokenizer.push(token) for token in [*noise * 2000, *word, *word])
+    assert max(windows) <= 2 * MOST_HELD
+    assert text.strip(REPLACEMENT) + detokenizer.flush() == "thethe"
 
 
 STOP_TEXT = st.text(st.sampled_from("ab \n"), max_size=30)
