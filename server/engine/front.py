@@ -40,6 +40,7 @@ from manylora.server.engine.types import (
 )
 
 RETRY_SECONDS = 1.0  # advice to a caller who finds the queue full
+MAX_UNREAD = 10_000  # events kept for a watcher who does not read
 
 
 class AsyncEngine:
@@ -54,7 +55,7 @@ class AsyncEngine:
         self._engine = Engine(settings, fetch, self._deliver, observer)
         self._limit = settings.max_waiting + settings.max_sequences
         self._streams: dict[str, asyncio.Queue[TokenEvent | ErrorEvent]] = {}
-        self._watchers: set[asyncio.Queue[Residency]] = set()
+        self._watchers: set[asyncio.Queue[Residency | None]] = set()  # None: no more events
         self._ended = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -182,8 +183,11 @@ class AsyncEngine:
         return await asyncio.wrap_future(done)
 
     async def watch(self) -> AsyncGenerator[Residency, None]:
-        """What is resident now, then every change after that."""
-        queue: asyncio.Queue[Residency] = asyncio.Queue()
+        """What is resident now, then every change after that.
+
+        Raises ResourceExhausted if the caller falls too far behind.
+        """
+        queue: asyncio.Queue[Residency | None] = asyncio.Queue()
         loop, leaving = asyncio.get_running_loop(), False
 
         def listen() -> None:
@@ -197,8 +201,9 @@ class AsyncEngine:
         try:
             for residency in await asyncio.wrap_future(done):
                 yield residency
-            while True:
-                yield await queue.get()
+            while (event := await queue.get()) is not None:
+                yield event
+            raise ResourceExhausted("the watcher reads too slowly", found=f"{MAX_UNREAD} unread")
         finally:
             leaving = True
             self._watchers.discard(queue)
@@ -220,8 +225,12 @@ class AsyncEngine:
             if isinstance(event, EndEvent):
                 self._ended.set()
             elif isinstance(event, ResidencyEvent):
-                for watcher in self._watchers:
-                    watcher.put_nowait(event.residency)
+                for watcher in tuple(self._watchers):
+                    if watcher.qsize() < MAX_UNREAD:
+                        watcher.put_nowait(event.residency)
+                    else:
+                        watcher.put_nowait(None)
+                        self._watchers.remove(watcher)
             elif queue := self._streams.get(event.request_id):
                 queue.put_nowait(event)
 

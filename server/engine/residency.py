@@ -94,6 +94,7 @@ class ResidencyManager:
             self._keys.setdefault(key.digest, key)
         self._order = {digest: i for i, digest in enumerate(self._keys)}
         for digest, entry in list(self._entries.items()):
+            entry.waiters = [waiter for waiter in entry.waiters if not waiter.cancelled()]
             idle = digest not in self._order and not entry.waiters
             if idle and entry.stage is _Stage.STAGED:
                 del self._entries[digest]

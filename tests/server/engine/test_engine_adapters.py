@@ -21,6 +21,7 @@ from manylora.errors import (
     ResourceExhausted,
     Unavailable,
 )
+from manylora.server.engine import front
 from manylora.server.engine.types import Residency, ResidencyState
 
 Start = Callable[..., Awaitable[House]]
@@ -292,4 +293,24 @@ async def test_watchers_that_leave_are_forgotten(start: Start) -> None:
     await anext(watch)
     await watch.aclose()
     await house.settled()
+    assert not house.engine._watchers
+
+
+async def test_a_watcher_who_does_not_read(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is kept for it has a bound; then it is told, and the others are not."""
+    monkeypatch.setattr(front, "MAX_UNREAD", 4)
+    house = await start()
+    await house.load("adapter-1")
+    idle, reader = house.engine.watch(), house.engine.watch()
+    for watch in (idle, reader):
+        assert (await anext(watch)).state is ResidencyState.RESIDENT
+    reading = asyncio.ensure_future(anext(reader))
+    for pin in (True, False) * 4:
+        await house.load("adapter-1", pin=pin)
+        assert (await asyncio.wait_for(reading, 60)).pinned is pin
+        reading = asyncio.ensure_future(anext(reader))
+    with pytest.raises(ResourceExhausted, match="reads too slowly"):
+        _ = [event async for event in idle]
+    reading.cancel()
+    await asyncio.wait([reading])
     assert not house.engine._watchers

@@ -446,3 +446,19 @@ class Residencies(RuleBasedStateMachine):
 
 TestResidencies = Residencies.TestCase
 TestResidencies.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+
+
+def test_a_load_that_its_caller_gave_up_holds_nobody_up(make: Make) -> None:
+    loading = make()
+    loading.make_resident("d")
+    loading.manager.acquire("d")
+    given_up = load(loading, "e", pin=True)
+    loading.finish("e")
+    want(loading, "a")
+    loading.finish("a")
+    want(loading, "a")
+    assert loading.resident == {"d"}, "the explicit load waits for room and comes first"
+    given_up.cancel()
+    want(loading, "a")
+    assert loading.resident == {"d", "a"}
+    assert loading.state("e") is None
