@@ -165,7 +165,8 @@ class AdapterService(pb_grpc.AdapterServiceServicer):
 
     async def LoadAdapter(self, request: pb.LoadAdapterRequest, context: Context) -> pb.Residency:
         version = await self._resolve(request.name)
-        return _residency(await self._engine.load_adapter(_key(version), pin=request.pin))
+        residency = await self._engine.load_adapter(_key(version), pin=request.pin)
+        return _residency(residency, version.label)
 
     async def UnloadAdapter(
         self, request: pb.UnloadAdapterRequest, context: Context
@@ -181,7 +182,7 @@ class AdapterService(pb_grpc.AdapterServiceServicer):
         async with aclosing(self._engine.watch()) as events:
             async for event in events:
                 if tenant is None or event.key.label.startswith(f"{tenant}/"):
-                    yield _residency(event)
+                    yield _residency(event, event.key.label)
 
     async def _resolve(self, name: str) -> AdapterVersion:
         return await in_thread(partial(self._store.resolve, parse_name(name), "name"))
@@ -229,15 +230,17 @@ def _version(version: AdapterVersion, residencies: Mapping[str, Residency]) -> p
         peft_type=version.peft_type,
         rank=version.rank,
         aliases=version.aliases,
-        residency=None if residency is None else _residency(residency),
+        residency=None if residency is None else _residency(residency, version.label),
     )
     message.create_time.FromDatetime(version.created)
     return message
 
 
-def _residency(residency: Residency) -> pb.Residency:
+def _residency(residency: Residency, label: str) -> pb.Residency:
+    """label: the version that the caller asked about. The residency's own may be of another
+    tenant, who published the same bytes."""
     message = pb.Residency(
-        name=format_name(residency.key.label),
+        name=format_name(label),
         digest=residency.key.digest,
         state=_STATES[residency.state],
         size_bytes=residency.bytes,

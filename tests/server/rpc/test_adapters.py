@@ -421,6 +421,20 @@ def test_delete_one_version(stubs: Stubs, tenant: str, adapter_dirs: list[Path])
     assert names(stubs, name) == [f"{name}/versions/3", f"{name}/versions/1"]
 
 
+def test_tenants_with_the_same_bytes_do_not_see_each_other(
+    stubs: Stubs, tenant: str, adapter_dirs: list[Path]
+) -> None:
+    one, other = f"x{tenant}", f"y{tenant}"
+    for owner in (one, other):
+        stubs.publish(f"tenants/{owner}", "a", adapter_dirs[0])
+    load(stubs, f"tenants/{one}/adapters/a")
+    name = f"tenants/{other}/adapters/a"
+    assert get(stubs, name).residency.name == f"{name}/versions/1"
+    assert load(stubs, name).name == f"{name}/versions/1"
+    page = stubs.adapters.ListAdapters(pb.ListAdaptersRequest(parent=f"tenants/{other}"))
+    assert one not in str(page)
+
+
 def test_watch(stubs: Stubs, tenant: str, adapter_dirs: list[Path]) -> None:
     stubs.publish(f"tenants/{tenant}", "old", _unique(adapter_dirs[0], f"{tenant}-1"))
     stubs.publish(f"tenants/{tenant}", "new", _unique(adapter_dirs[1], f"{tenant}-2"))
