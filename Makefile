@@ -14,7 +14,7 @@ demo: $(VENV)/.installed-demo ## train three adapters, serve them beside the bas
 	$(BIN)/manylora demo
 
 test: $(VENV)/.installed-dev ## all tests
-	HF_HUB_OFFLINE=1 $(BIN)/pytest
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest
 
 lint: $(VENV)/.installed-dev ## what CI checks before the tests
 	$(BIN)/ruff check
