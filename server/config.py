@@ -56,7 +56,7 @@ class Settings(BaseSettings):
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="Where the base runs; auto: the best device there is."
     )
-    kernels: Literal["auto", "reference", "cpu"] = Field(
+    kernels: Literal["auto", "reference", "cpu", "triton"] = Field(
         "auto", description="Kernel backend; auto: the device's best."
     )
     max_context: int = Field(

@@ -18,6 +18,7 @@ from manylora import kernels
 from manylora.adapters_store.format import read_checkpoint
 from manylora.adapters_store.lowering import lower
 from manylora.errors import DeadlineExceeded, FailedPrecondition, ManyloraError, Unavailable
+from manylora.kernels import cpu
 from manylora.server.engine.blocks import BlockManager
 from manylora.server.engine.mailbox import (
     Cancel,
@@ -351,12 +352,18 @@ class Engine:
 
 
 def _device(name: str) -> str:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise FailedPrecondition("torch sees no GPU", field="device", found=name)
     if name != "auto":
         return name
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _kernels(device: torch.device, name: str) -> kernels.Backend:
+    if name == cpu.NAME and device.type != "cpu":
+        raise FailedPrecondition(
+            "these kernels read a CPU's memory only", field="kernels", found=name, wanted="auto"
+        )
     try:
         return kernels.select(device, None if name == "auto" else name)
     except ValueError as error:

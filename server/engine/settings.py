@@ -12,7 +12,7 @@ class EngineSettings:
     model_name: str = ""  # what clients see; default: the directory's name
     dtype: str = "auto"  # "auto" (the checkpoint's), "float32", "float16", "bfloat16"
     device: str = "auto"  # "auto" (the best there is), "cpu", "cuda"
-    kernels: str = "auto"  # "auto" (the device's best), "reference", "cpu"
+    kernels: str = "auto"  # "auto" (the device's best) or a backend's name
     max_context: int = 0  # tokens of prompt and answer; 0: the model's own limit
     block_size: int = 16  # KV positions per block
     kv_cache_bytes: int = 1 << 30

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from manylora.errors import InvalidArgument
+from manylora.kernels.backend import BACKENDS
 from manylora.server.config import ENV_PREFIX, Settings, default_store, load_settings
 from manylora.server.engine.settings import EngineSettings
 
@@ -60,6 +62,10 @@ def test_lists_of_paths_from_every_place(tmp_path: Path, monkeypatch: pytest.Mon
     assert load_settings({"config": path}).import_roots == both
     monkeypatch.setenv("MANYLORA_IMPORT_ROOTS", "/a:/b")
     assert load_settings({"model": "m"}).import_roots == both
+
+
+def test_every_kernel_backend_can_be_chosen() -> None:
+    assert set(get_args(Settings.model_fields["kernels"].annotation)) == {"auto", *BACKENDS}
 
 
 def test_engine_gets_every_field() -> None:
