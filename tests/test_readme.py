@@ -15,6 +15,8 @@ from manylora_testing.models import tiny_model
 from manylora_testing.serve_process import ServeProcess
 from manylora_testing.tokenizer import TOKENIZER_VOCAB, tiny_tokenizer
 
+from manylora.adapters_store.lowering import FAMILIES
+
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
 ADDRESS = "localhost:50051"
 BASE = "models/SmolLM2-135M-Instruct"
@@ -40,6 +42,11 @@ def _make_world(directory: Path) -> None:
     tiny_tokenizer(base)
     tiny_lora(base, directory / "my-adapter", r=4, alpha=8.0, targets="all-linear", seed=1)
     (directory / "tickets.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in ROWS))
+
+
+def test_every_served_method_is_named() -> None:
+    words = re.sub(r"[^a-z0-9 ]", "", README.lower().replace("³", "3")).split()
+    assert {family.lower() for family in FAMILIES} <= set(words)
 
 
 def test_examples(tmp_path: Path) -> None:
