@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -41,10 +39,10 @@ def _run(gate_up: torch.Tensor, function: str) -> torch.Tensor:
 
 @triton.jit
 def _activate(
-    out: Any,
-    gate_up: Any,
-    stride: Any,
-    n: Any,
+    out: tl.tensor,
+    gate_up: tl.tensor,
+    stride: tl.tensor,
+    n: tl.tensor,
     FUNCTION: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
@@ -63,5 +61,5 @@ def _activate(
 
 
 @triton.jit
-def _sigmoid(x: Any) -> Any:
+def _sigmoid(x: tl.tensor) -> tl.tensor:
     return 1.0 / (1.0 + tl.exp(-x))

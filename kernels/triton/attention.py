@@ -21,7 +21,6 @@ reach the sequence's earlier rows, as in transformers' own attention.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import triton
@@ -148,23 +147,23 @@ def check_fit(
 
 @triton.jit
 def _attend(
-    out: Any,
-    q: Any,
-    k_cache: Any,
-    v_cache: Any,
-    parts: Any,
-    seq_starts: Any,
-    contexts: Any,
-    block_table: Any,
-    slopes: Any,
-    sinks: Any,
-    q_stride: Any,
-    q_head_stride: Any,
-    seqs: Any,
-    max_blocks: Any,
-    splits: Any,
-    scale: Any,
-    softcap: Any,
+    out: tl.tensor,
+    q: tl.tensor,
+    k_cache: tl.tensor,
+    v_cache: tl.tensor,
+    parts: tl.tensor,
+    seq_starts: tl.tensor,
+    contexts: tl.tensor,
+    block_table: tl.tensor,
+    slopes: tl.tensor,
+    sinks: tl.tensor,
+    q_stride: tl.tensor,
+    q_head_stride: tl.tensor,
+    seqs: tl.tensor,
+    max_blocks: tl.tensor,
+    splits: tl.tensor,
+    scale: tl.tensor,
+    softcap: tl.tensor,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -272,11 +271,11 @@ def _attend(
 
 @triton.jit
 def _combine(
-    out: Any,
-    parts: Any,
-    seq_starts: Any,
-    contexts: Any,
-    splits: Any,
+    out: tl.tensor,
+    parts: tl.tensor,
+    seq_starts: tl.tensor,
+    contexts: tl.tensor,
+    splits: tl.tensor,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -315,7 +314,9 @@ def _combine(
 
 
 @triton.jit
-def _find_tile(seq_starts: Any, seqs: Any, tile: Any, QUERIES: tl.constexpr) -> Any:
+def _find_tile(
+    seq_starts: tl.tensor, seqs: tl.tensor, tile: tl.tensor, QUERIES: tl.constexpr
+) -> tl.tensor:
     """The sequence of a tile and its first query.
 
     Sequence s has the tiles from seq_starts[s] // QUERIES + s on: enough for its rows, and
@@ -333,13 +334,13 @@ def _find_tile(seq_starts: Any, seqs: Any, tile: Any, QUERIES: tl.constexpr) -> 
 
 @triton.jit
 def _seen(
-    context: Any,
-    count: Any,
-    first_query: Any,
+    context: tl.tensor,
+    count: tl.tensor,
+    first_query: tl.tensor,
     QUERIES: tl.constexpr,
     WINDOW: tl.constexpr,
     SPLIT: tl.constexpr,
-) -> Any:
+) -> tl.tensor:
     """The first key that the tile's queries see, the end of their keys, the first key's part."""
     first_position = context - count + first_query
     high = tl.minimum(first_position + QUERIES, context)
@@ -353,7 +354,9 @@ def _seen(
 
 
 @triton.jit
-def _start(sinks: Any, head: Any, row_ok: Any, is_first: Any, ROWS: tl.constexpr) -> Any:
+def _start(
+    sinks: tl.tensor, head: tl.tensor, row_ok: tl.tensor, is_first: tl.tensor, ROWS: tl.constexpr
+) -> tl.tensor:
     """Maximum and sum before the first key: a sink is a logit that was already seen."""
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
@@ -365,5 +368,5 @@ def _start(sinks: Any, head: Any, row_ok: Any, is_first: Any, ROWS: tl.constexpr
 
 
 @triton.jit
-def _tanh(x: Any) -> Any:
+def _tanh(x: tl.tensor) -> tl.tensor:
     return 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)

@@ -11,8 +11,6 @@ be (one a row): programs beyond the real number, which they read from the plan, 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -79,6 +77,7 @@ def apply_edits_(
         UNIT=_UNIT,
         ALIGNED=is_aligned(group),
         num_warps=plan_of.warps,
+        num_stages=1,
     )
 
 
@@ -112,17 +111,17 @@ def check_fit(
 
 @triton.jit
 def _expand(
-    y: Any,
-    planes: Any,
-    pool: Any,
-    words: Any,
-    tile_words: Any,
-    ranks: Any,
-    scales: Any,
-    offsets: Any,
-    y_stride: Any,
-    modules: Any,
-    max_rank: Any,
+    y: tl.tensor,
+    planes: tl.tensor,
+    pool: tl.tensor,
+    words: tl.tensor,
+    tile_words: tl.tensor,
+    ranks: tl.tensor,
+    scales: tl.tensor,
+    offsets: tl.tensor,
+    y_stride: tl.tensor,
+    modules: tl.tensor,
+    max_rank: tl.tensor,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     RANKS: tl.constexpr,
@@ -185,7 +184,9 @@ def _expand(
 
 
 @triton.jit
-def load_vector(pool: Any, offset: Any, index: Any, ok: Any, absent: tl.constexpr) -> Any:
+def load_vector(
+    pool: tl.tensor, offset: tl.tensor, index: tl.tensor, ok: tl.tensor, absent: tl.constexpr
+) -> tl.tensor:
     """A float32 vector that lies in the pool's bytes; `absent` where its offset is negative."""
     address = (pool + tl.multiple_of(offset, 16)).to(tl.pointer_type(tl.float32))
     return tl.load(address + index, mask=ok & (offset >= 0), other=absent)

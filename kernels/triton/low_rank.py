@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
 
 @triton.jit
 def low_rank(
-    planes: Any,
-    b: Any,
-    place: Any,
-    row_ok: Any,
-    column: Any,
-    column_ok: Any,
-    rank: Any,
-    max_rank: Any,
-    b_stride: Any,
+    planes: tl.tensor,
+    b: tl.tensor,
+    place: tl.tensor,
+    row_ok: tl.tensor,
+    column: tl.tensor,
+    column_ok: tl.tensor,
+    rank: tl.tensor,
+    max_rank: tl.tensor,
+    b_stride: tl.tensor,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     RANKS: tl.constexpr,
     SPLITS: tl.constexpr,
-) -> Any:
+) -> tl.tensor:
     """float32 [ROWS, COLUMNS].
 
     place: each row's first element of the planes. B lies [rank, b_stride]: see `pack_b`.
@@ -35,7 +33,7 @@ def low_rank(
         ok = row_ok[:, None] & (r < rank)[None, :]
         at = planes + place[:, None] + r[None, :]
         h = tl.load(at, mask=ok, other=0.0)
-        for split in tl.static_range(1, SPLITS):
+        for split in range(1, SPLITS):
             h += tl.load(at + split * max_rank, mask=ok, other=0.0)
         b_tile = tl.load(
             b + r[:, None] * b_stride + column[None, :],
@@ -47,10 +45,12 @@ def low_rank(
 
 
 @triton.jit
-def _dot(h: Any, b: Any, total: Any) -> Any:
+def _dot(h: tl.tensor, b: tl.tensor, total: tl.tensor) -> tl.tensor:
     """h rounded once: to bfloat16, or for float16, whose range h may leave, to tf32."""
     if b.dtype == tl.bfloat16:
-        return tl.dot(h.to(tl.bfloat16), b, total)
-    if b.dtype == tl.float16:
-        return tl.dot(h, b.to(tl.float32), total, input_precision="tf32")
-    return tl.dot(h, b, total, input_precision="ieee")
+        total = tl.dot(h.to(tl.bfloat16), b, total)
+    elif b.dtype == tl.float16:
+        total = tl.dot(h, b.to(tl.float32), total, input_precision="tf32")
+    else:
+        total = tl.dot(h, b, total, input_precision="ieee")
+    return total

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -81,16 +79,16 @@ def _run(
 
 @triton.jit
 def _norm(
-    out: Any,
-    x: Any,
-    residual: Any,
-    weight: Any,
-    bias: Any,
-    x_stride: Any,
-    residual_stride: Any,
-    n: Any,
-    eps: Any,
-    offset: Any,
+    out: tl.tensor,
+    x: tl.tensor,
+    residual: tl.tensor,
+    weight: tl.tensor,
+    bias: tl.tensor,
+    x_stride: tl.tensor,
+    residual_stride: tl.tensor,
+    n: tl.tensor,
+    eps: tl.tensor,
+    offset: tl.tensor,
     MEAN: tl.constexpr,
     SIZE: tl.constexpr,
 ) -> None:

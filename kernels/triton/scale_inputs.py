@@ -5,8 +5,6 @@ One program has one row and a tile of its columns.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -59,15 +57,15 @@ def scale_inputs(
 
 @triton.jit(do_not_specialize=["module"])
 def _scale_inputs(
-    out: Any,
-    x: Any,
-    pool: Any,
-    row_slot: Any,
-    offsets: Any,
-    module: Any,
-    modules: Any,
-    x_stride: Any,
-    in_size: Any,
+    out: tl.tensor,
+    x: tl.tensor,
+    pool: tl.tensor,
+    row_slot: tl.tensor,
+    offsets: tl.tensor,
+    module: tl.tensor,
+    modules: tl.tensor,
+    x_stride: tl.tensor,
+    in_size: tl.tensor,
     COLUMNS: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)

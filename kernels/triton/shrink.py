@@ -13,8 +13,6 @@ are read once. 32 ranks, since lanes beyond the true rank are masked and cost no
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -65,17 +63,17 @@ def shrink(
 
 @triton.jit
 def _shrink(
-    planes: Any,
-    x: Any,
-    pool: Any,
-    words: Any,
-    slice_modules: Any,
-    ranks: Any,
-    offsets: Any,
-    x_stride: Any,
-    in_size: Any,
-    modules: Any,
-    max_rank: Any,
+    planes: tl.tensor,
+    x: tl.tensor,
+    pool: tl.tensor,
+    words: tl.tensor,
+    slice_modules: tl.tensor,
+    ranks: tl.tensor,
+    offsets: tl.tensor,
+    x_stride: tl.tensor,
+    in_size: tl.tensor,
+    modules: tl.tensor,
+    max_rank: tl.tensor,
     ROWS: tl.constexpr,
     RANKS: tl.constexpr,
     K: tl.constexpr,

@@ -25,6 +25,9 @@ SHARED_BYTES = {
 """Shared memory that one block may have (CUDA programming guide; CDNA ISA)."""
 
 _LEAST_SHARED = 64 << 10
+_LARGE_SHARED = 200 << 10
+"""Hopper and Blackwell for data centres: their matrix units read operands from shared memory, where
+others hold them in registers, which 64 keys by 64 rows would overfill."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,10 +135,9 @@ keep 64 programs busy; a partial result is 1/64 of what it stands for."""
 def chunk_tiles(group: int, head_dim: int, dtype: torch.dtype, on: Target) -> AttentionTiles:
     """For the sequences with several rows."""
     group, dim = power_of_two(group), max(16, power_of_two(head_dim))
-    rows, keys = (64, 64) if dtype.itemsize == 2 else (16, 32)
-    if dim > 128:
-        rows, keys = min(rows, 32), 32
-    stages = 2 if dtype.itemsize == 2 else 1
+    rows = 16 if dtype.itemsize == 4 else 32 if dim > 128 else 64
+    keys = 64 if on.shared >= _LARGE_SHARED and dtype.itemsize == 2 and dim <= 128 else 32
+    stages = 1 if dtype.itemsize == 4 else 3 if on.backend == "cuda" else 2
     return AttentionTiles(max(1, rows // group), group, keys, dim, 0, 4, stages)
 
 
@@ -143,7 +145,7 @@ def chunk_tiles(group: int, head_dim: int, dtype: torch.dtype, on: Target) -> At
 def decode_tiles(group: int, head_dim: int, dtype: torch.dtype, on: Target) -> AttentionTiles:
     """For the sequences with one row."""
     group, dim = max(16, power_of_two(group)), max(16, power_of_two(head_dim))
-    keys = 64 if dim <= 128 and dtype.itemsize == 2 else 32
+    keys = 64 if on.backend == "cuda" and dtype.itemsize == 2 and dim <= 128 else 32
     stages = 2 if dtype.itemsize == 2 else 1
     return AttentionTiles(1, group, keys, dim, SPLIT_KEYS, 4, stages)
 

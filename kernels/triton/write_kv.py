@@ -8,8 +8,6 @@ A row whose slot in the cache is negative is skipped: padding of a captured grap
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -110,15 +108,15 @@ def rotary_write_kv(
 
 @triton.jit
 def _write_kv(
-    k: Any,
-    v: Any,
-    k_cache: Any,
-    v_cache: Any,
-    slot_mapping: Any,
-    k_stride: Any,
-    k_head_stride: Any,
-    v_stride: Any,
-    v_head_stride: Any,
+    k: tl.tensor,
+    v: tl.tensor,
+    k_cache: tl.tensor,
+    v_cache: tl.tensor,
+    slot_mapping: tl.tensor,
+    k_stride: tl.tensor,
+    k_head_stride: tl.tensor,
+    v_stride: tl.tensor,
+    v_head_stride: tl.tensor,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -137,13 +135,13 @@ def _write_kv(
 
 @triton.jit
 def _rotary_write_kv(
-    qkv: Any,
-    cos: Any,
-    sin: Any,
-    k_cache: Any,
-    v_cache: Any,
-    slot_mapping: Any,
-    stride: Any,
+    qkv: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    k_cache: tl.tensor,
+    v_cache: tl.tensor,
+    slot_mapping: tl.tensor,
+    stride: tl.tensor,
     ALL_HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def _probe(x: Any, y: Any, dots: Any, sums: Any, casts: Any, less: Any, N: tl.constexpr) -> None:
+def _probe(
+    x: tl.tensor,
+    y: tl.tensor,
+    dots: tl.tensor,
+    sums: tl.tensor,
+    casts: tl.tensor,
+    less: tl.tensor,
+    N: tl.constexpr,
+) -> None:
     at = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
     a, b = tl.load(x + at), tl.load(y + at)
     tl.store(dots + at, tl.dot(a, b))
@@ -32,7 +38,7 @@ def test_bfloat16_is_exact() -> None:
 
 
 @triton.jit
-def _round(out: Any, whole: Any, N: tl.constexpr) -> None:
+def _round(out: tl.tensor, whole: tl.tensor, N: tl.constexpr) -> None:
     at = tl.arange(0, N)
     tl.store(out + at, tl.load(whole + at).to(tl.bfloat16))
 
