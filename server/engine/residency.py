@@ -146,8 +146,11 @@ class ResidencyManager:
             entry.waiters.append(done)
 
     def unload(self, digest: str, done: Future[None]) -> None:
+        """Evicts an adapter that is resident and not in use; one on its way comes without a pin."""
         entry = self._entries.get(digest)
         if entry is None or entry.stage is not _Stage.RESIDENT:
+            if entry is not None:
+                entry.pinned = False
             refuse(done, NotFound("adapter is not resident", field="name", found=digest))
         elif entry.users:
             found = f"{entry.users} running requests"

@@ -448,6 +448,22 @@ TestResidencies = Residencies.TestCase
 TestResidencies.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
 
 
+def test_an_unload_takes_the_pin_from_what_is_on_its_way(make: Make) -> None:
+    """Else an adapter that is deleted while it waits for room would then stay for ever."""
+    loading = make()
+    loading.make_resident("d")
+    loading.manager.acquire("d")
+    waiting = load(loading, "e", pin=True)
+    loading.finish("e")
+    want(loading, "")
+    with pytest.raises(NotFound):
+        unload(loading, "e").result(0)
+    loading.manager.release("d")
+    want(loading, "")
+    assert not waiting.result(0).pinned
+    assert unload(loading, "e").result(0) is None
+
+
 def test_a_load_that_its_caller_gave_up_holds_nobody_up(make: Make) -> None:
     loading = make()
     loading.make_resident("d")
