@@ -10,6 +10,7 @@ from manylora.server.engine.types import SamplingParams
 MAX_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 1000
+MAX_STOP_TOKENS = 1024
 MAX_SEED = 2**64 - 1
 
 
@@ -32,6 +33,8 @@ def validate(params: SamplingParams, vocab_size: int) -> None:
     for i, stop in enumerate(params.stop):
         ok = 1 <= len(stop) <= MAX_STOP_CHARACTERS
         _check(f"stop[{i}]", stop, ok, f"1 to {MAX_STOP_CHARACTERS} characters")
+    ok = len(params.stop_token_ids) <= MAX_STOP_TOKENS
+    _check("stop_token_ids", len(params.stop_token_ids), ok, f"at most {MAX_STOP_TOKENS}")
     for i, token in enumerate(params.stop_token_ids):
         ok = 0 <= token < vocab_size
         _check(f"stop_token_ids[{i}]", token, ok, f"a token id below {vocab_size}")

@@ -13,7 +13,7 @@ from typing import Any
 from manylora.adapters_store.store import Store
 from manylora.errors import InvalidArgument
 from manylora.server.engine.front import AsyncEngine
-from manylora.server.engine.tokenizer import ChatMessage
+from manylora.server.engine.tokenizer import ChatMessage, Tokenizer
 from manylora.server.engine.types import (
     AdapterKey,
     Delta,
@@ -104,12 +104,15 @@ class InferenceService(pb_grpc.InferenceServiceServicer):
             case "token_ids" if prompt.token_ids.ids:
                 return list(prompt.token_ids.ids)
             case "chat" if prompt.chat.messages:
-                messages = [_message(i, m) for i, m in enumerate(prompt.chat.messages)]
-                return await asyncio.to_thread(tokenizer.chat, messages)
+                return await asyncio.to_thread(_chat, tokenizer, prompt.chat)
             case None:
                 raise InvalidArgument("not set", field="prompt", wanted="text, token_ids or chat")
             case form:
                 raise InvalidArgument("empty", field=f"prompt.{form}")
+
+
+def _chat(tokenizer: Tokenizer, chat: pb.Chat) -> list[int]:
+    return tokenizer.chat([_message(i, message) for i, message in enumerate(chat.messages)])
 
 
 def _message(index: int, message: pb.ChatMessage) -> ChatMessage:

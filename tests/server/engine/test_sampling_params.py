@@ -44,6 +44,7 @@ def test_out_of_range(field: str, value: float) -> None:
         ("stop", ("a",) * 17, "stop"),
         ("stop", ("a", ""), "stop[1]"),
         ("stop", ("a" * 1001,), "stop[0]"),
+        ("stop_token_ids", (0,) * 1025, "stop_token_ids"),
         ("stop_token_ids", (VOCAB,), "stop_token_ids[0]"),
         ("stop_token_ids", (0, 1, -1), "stop_token_ids[2]"),
     ],
