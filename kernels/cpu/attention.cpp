@@ -330,7 +330,8 @@ static void attend_split(const Call& call, const Sizes& sizes, const Unit& unit,
   }
 }
 
-MANYLORA_INLINE void copy_query(const bf16* p, int64_t n, int64_t depth, bf16* to) {
+[[maybe_unused]] MANYLORA_INLINE void copy_query(const bf16* p, int64_t n, int64_t depth,
+                                                 bf16* to) {
   memcpy(to, p, static_cast<size_t>(n) * sizeof(bf16));
   for (int64_t d = n; d < depth; ++d) to[d].bits = 0;
 }

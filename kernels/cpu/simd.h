@@ -95,7 +95,7 @@ struct Operand {
   Vec v;
 };
 template <class T>
-constexpr int kDepth = 1;
+inline constexpr int kDepth = 1;
 template <class T>
 struct HiddenOf {
   using type = float;
@@ -119,13 +119,13 @@ struct Operand<bf16> {
 };
 #endif
 template <>
-constexpr int kDepth<bf16> = 2;
+inline constexpr int kDepth<bf16> = 2;
 template <class T>
 using Hidden = typename HiddenOf<T>::type;
 
 // Elements that one operand holds.
 template <class T>
-constexpr int kStep = kLanes * kDepth<T>;
+inline constexpr int kStep = kLanes * kDepth<T>;
 
 template <class T>
 MANYLORA_INLINE Vec dot(Vec acc, Operand<T> a, Operand<T> b) {
