@@ -39,22 +39,25 @@ def run(command: list[str], **environment: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize(
-    ("file", "only"),
-    [
-        ("triton_shim.py", ""),
-        ("test_edits.py", "triton"),
-        ("triton_attention.py", ""),
-        ("triton_small.py", ""),
-    ],
-)
-def test_in_the_interpreter(file: str, only: str) -> None:
-    pytest_run = ["-c", "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"]
-    out = run(
-        [*pytest_run, str(HERE / file), "-q", "-x", "-k", only, "-p", "no:cacheprovider"],
-        TRITON_INTERPRET="1",
-    )
-    assert " passed" in out
+def interpreted(*files: str, only: str = "") -> None:
+    """Runs tests in the interpreter."""
+    start = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    paths = [str(HERE / file) for file in files]
+    options = ["-q", "-x", "-k", only, "-p", "no:cacheprovider"]
+    assert " passed" in run(["-c", start, *paths, *options], TRITON_INTERPRET="1")
+
+
+def test_attention_and_small_operations_in_the_interpreter() -> None:
+    interpreted("triton_shim.py", "triton_attention.py", "triton_small.py")
+
+
+def test_edits_in_the_interpreter() -> None:
+    """What the other backends go through; of the large cases those with most to go wrong."""
+    interpreted("test_edits.py", only="triton and not (many_rows and not (bfloat16 or 2100))")
+
+
+def test_engine_in_the_interpreter() -> None:
+    interpreted("triton_engine.py")
 
 
 def test_compiled_ahead(tmp_path: Path) -> None:
