@@ -65,6 +65,7 @@ ARCHITECTURES: dict[str, Callable[[], Any]] = {
         hf.Qwen2Config, use_sliding_window=True, sliding_window=5, layer_types=_WINDOWED
     ),
     "qwen3": _config(hf.Qwen3Config, head_dim=16, tie_word_embeddings=True),
+    "gemma": _config(hf.GemmaConfig, head_dim=16),
     "gemma2": _config(
         hf.Gemma2Config,
         head_dim=16,
