@@ -40,13 +40,8 @@ class Comparison:
     adapter: Score
 
 
-async def stream_together(
-    client: AsyncClient, answers: Sequence[Answer], max_tokens: int, show: Callable[[], None]
-) -> float:
-    """Streams all answers at the same time; `show` is called after every part that comes.
-
-    Returns the tokens of all of them in a second.
-    """
+async def stream_together(client: AsyncClient, answers: Sequence[Answer], max_tokens: int) -> float:
+    """Streams all answers at the same time. Returns the tokens of all of them in a second."""
 
     async def stream(answer: Answer) -> None:
         parts = client.stream(
@@ -59,7 +54,6 @@ async def stream_together(
             answer.text += part.text
             answer.tokens += len(part.token_ids)
             answer.done = part.finish_reason is not None
-            show()
 
     began = time.monotonic()
     await asyncio.gather(*(stream(answer) for answer in answers))

@@ -85,13 +85,8 @@ async def _show_mixed(client: AsyncClient, versions: Sequence[str], console: Con
     ]
     flat = [answer for row in answers for answer in row]
     console.rule(f"one mixed batch: {len(flat)} streams at the same time")
-    with Live(report.answers_table(answers), console=console, auto_refresh=False) as live:
-
-        def show() -> None:
-            live.update(report.answers_table(answers), refresh=console.is_terminal)
-
-        speed = await stream_together(client, flat, _STREAM_TOKENS, show)
-        live.refresh()
+    with Live(get_renderable=lambda: report.answers_table(answers), console=console):
+        speed = await stream_together(client, flat, _STREAM_TOKENS)
     if not console.is_terminal:
         console.print()  # Live ends its line only on a terminal
     return speed

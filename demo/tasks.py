@@ -103,7 +103,7 @@ TASKS: Sequence[Task] = (
         rank=16,
         alpha=32,
         target_modules="all-linear",
-        epochs=3,
-        learning_rate=1e-3,
+        epochs=2,
+        learning_rate=2e-3,
     ),
 )
