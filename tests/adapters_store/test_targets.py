@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
 from manylora.adapters_store.lowering.config_reader import ConfigReader
-from manylora.adapters_store.lowering.lora import _read_config
+from manylora.adapters_store.lowering.lora import _read
 from manylora.adapters_store.lowering.patterns import Matcher
 from manylora.adapters_store.lowering.targets import read_targets
 from manylora.errors import InvalidArgument
@@ -92,11 +92,12 @@ def test_regular_expressions_as_peft_reads_them(**config: Any) -> None:
 )
 def test_rank_and_alpha_patterns_as_peft_reads_them(ranks: dict[str, int]) -> None:
     config = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj"], "bias": "none"}
-    ours = _read_config({**config, "rank_pattern": ranks, "alpha_pattern": ranks}, max_rank=64)
+    reader = ConfigReader({**config, "rank_pattern": ranks, "alpha_pattern": ranks})
+    ours = _read(reader, {}, max_rank=64)
     for name in MODULES:
         key = get_pattern_key(ranks.keys(), name)
-        assert ours.rank_of(name) == ranks.get(key, 8)
-        assert ours.scale_of(name, 4) == ranks.get(key, 16) / 4
+        assert ours.ranks.of(name) == ranks.get(key, 8)
+        assert ours.alphas.of(name) == ranks.get(key, 16)
 
 
 def test_all_linear_is_case_insensitive() -> None:
