@@ -192,8 +192,8 @@ static void pack_values(const bf16* cache, const int64_t* at, int64_t head_dim, 
 // Turns a line's scores of a tile into weights, of which those beside [lo, hi) are 0, and brings
 // its softmax forward. distance: position of the tile's first key less the row's.
 template <class W>
-static void weigh(const AttentionLayer& layer, float slope, int64_t distance, int64_t lo, int64_t hi,
-                  const float* scores, W* weights, float* top, float* weight_sum, float* keep) {
+static void weigh(const AttentionLayer& layer, float slope, int64_t distance, int64_t lo,
+                  int64_t hi, const float* scores, W* weights, float* top, float* weight_sum, float* keep) {
   static const float kRamp[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   constexpr int kVecs = kTile / kLanes;
   const Vec ramp = load(kRamp), nothing = splat(-kInfinity);
@@ -231,7 +231,7 @@ static void weigh(const AttentionLayer& layer, float slope, int64_t distance, in
 }
 
 // acc [lines][width] = keep * acc + weights times the values of keys [lo, hi) of a tile. Of a pair
-// of which only one key is seen, the other's value is taken as 0: it may be NaN, and 0 * NaN is NaN.
+// of which only one key is seen, the other's value is taken as 0: were it NaN, 0 * NaN is NaN.
 template <class E>
 static void add_values(const Sizes& sizes, int64_t lines, const Hidden<E>* weights, int64_t stride,
                        int64_t lo, int64_t hi, const float* keep, const Scratch& s, float* acc) {
@@ -255,10 +255,11 @@ static void add_values(const Sizes& sizes, int64_t lines, const Hidden<E>* weigh
   if ((hi - lo) % 2) add_one(hi - 1);
 }
 
-// Weights and values of one head's lines, in runs of rows that see the same keys [lo, hi) of a tile.
+// Weights and values of one head's lines, in runs of rows that see the same keys of a tile.
 template <class E>
 static void weigh_and_add(const Call& call, const Sizes& sizes, const Unit& unit, int64_t head,
-                          int64_t tile, int64_t lo, int64_t hi, const Scratch& s, const Part& part) {
+                          int64_t tile, int64_t lo, int64_t hi, const Scratch& s,
+                          const Part& part) {
   const AttentionLayer& layer = *call.layer;
   const int64_t group = sizes.group;
   Hidden<E>* const weights = reinterpret_cast<Hidden<E>*>(s.scores);
@@ -393,8 +394,8 @@ static void attend(const Call& call, const Sizes& sizes, const Task& task, const
   const Scratch s = scratch_of(sizes);
   load_queries<T>(call, sizes, unit, s.q);
   const auto partial = [&](int64_t split) {
-    float* const memory = unit.partials + (split - unit.first_split) * part_floats(lines, sizes.width);
-    return part_at(memory, lines, sizes.width);
+    const int64_t before = (split - unit.first_split) * part_floats(lines, sizes.width);
+    return part_at(unit.partials + before, lines, sizes.width);
   };
   const bool whole = unit.tasks == 1;
   if (whole) begin_total(call, sizes, unit, s.total);

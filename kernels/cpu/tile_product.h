@@ -1,4 +1,4 @@
-// A small matrix product on tiles that lie in a thread's cache: lines x depth times depth x columns.
+// A small matrix product on tiles in a thread's cache: lines x depth times depth x columns.
 
 #pragma once
 
@@ -62,7 +62,7 @@ struct Count {
 
 // c [lines][vecs * kLanes] = keep[line] * c + a b; without keep, c = a b.
 // a: [lines][depth], b: [depth / kDepth][vecs * kLanes][kDepth]; strides in elements.
-// Each element of c is one accumulator's sum over ascending depth, whatever the size of the product.
+// Each element of c is one accumulator's sum over ascending depth, whatever the product's size.
 template <class E>
 static void product(int64_t lines, int64_t vecs, const Hidden<E>* a, int64_t a_stride, const E* b,
                     int64_t b_stride, int64_t depth, const float* keep, float* c,
