@@ -55,7 +55,9 @@ class _Deft:
     def _edit(self, place: Place) -> ModuleEdit:
         p = place.tensors[_P].float()
         q, right = (torch.linalg.qr(p)[0],) * 2 if self.orthogonal else (p, p.relu())
-        a = -(right.double().T @ place.weight())
+        a = torch.zeros(place.rank, place.shape.in_size, dtype=torch.float64)
+        for rows, weight in place.row_blocks():
+            a -= right[rows].double().T @ weight
         if not self.removes_only:
             a += (self.alpha / place.rank if self.alpha else 1.0) * place.double(_R)
         return balanced(a, q.double())

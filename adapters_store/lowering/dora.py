@@ -23,7 +23,11 @@ def rescaled(edit: ModuleEdit, place: Place, magnitude: torch.Tensor) -> ModuleE
     assert edit.a is not None
     assert edit.b is not None
     a, b = edit.a.double(), edit.b.double()
-    out_scale = magnitude / torch.linalg.vector_norm(place.weight() + edit.scale * (b @ a), dim=1)
+    norms = [
+        torch.linalg.vector_norm(weight + edit.scale * (b[rows] @ a), dim=1)
+        for rows, weight in place.row_blocks()
+    ]
+    out_scale = magnitude / torch.cat(norms)
     if not out_scale.isfinite().all():
         raise FailedPrecondition(
             "DoRA divides by the norm of a row of zeros",

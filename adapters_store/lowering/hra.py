@@ -54,7 +54,7 @@ class _Hra:
                 "peft divides by the length of a vector of zeros",
                 field=f"{WEIGHTS_FILE}: {place.name}.{_U}",
             )
-        b = place.weight() @ u
+        b = torch.cat([weight @ u for _, weight in place.row_blocks()])
         for i in range(self.size):
             if not self.orthogonal:
                 b[:, i] += b[:, :i] @ (u[:, :i].T @ u[:, i])

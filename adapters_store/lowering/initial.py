@@ -70,13 +70,13 @@ def minus_initial(edit: ModuleEdit, init: Init, place: Place) -> ModuleEdit:
     elif place.shape.kind is ModuleKind.CONV1D:
         raise FailedPrecondition("peft has no OLoRA for Conv1D", field=place.name, wanted="Linear")
     else:
-        q, r = torch.linalg.qr(place.weight().float())
+        q, r = torch.linalg.qr(place.weight())
         a0, b0 = r[:rank], q[:, :rank]
     return difference(edit.a.double(), edit.b.double(), a0.double(), b0.double(), edit.scale)
 
 
 def _principal(place: Place, rank: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    left, sizes, right = torch.linalg.svd(place.weight().float(), full_matrices=False)
+    left, sizes, right = torch.linalg.svd(place.weight(), full_matrices=False)
     if rank < len(sizes) and sizes[rank - 1] - sizes[rank] < _LEAST_GAP * sizes[0]:
         raise FailedPrecondition(
             "PiSSA's initial pair is not determined: two singular values are equal",

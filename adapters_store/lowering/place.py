@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,8 @@ import torch
 from manylora.adapters_store.edits import ModuleKind, ModuleShape
 from manylora.adapters_store.lowering.base_copies import BaseParameter
 from manylora.errors import FailedPrecondition
+
+_BLOCK_ROWS = 1024
 
 
 @dataclass(slots=True, frozen=True)
@@ -36,7 +38,7 @@ class Place:
         return self.tensors[part].double()
 
     def weight(self) -> torch.Tensor:
-        """The base's own weight, [out, in], float64 on the host.
+        """The base's own weight, [out, in], float32 on the host; not to be changed.
 
         Raises FailedPrecondition if the base was not given, or has its weight in another form.
         """
@@ -48,8 +50,15 @@ class Place:
                 found="nothing" if weight is None else str(weight.dtype),
                 wanted="a base in float32, float16 or bfloat16",
             )
-        own = weight.detach().cpu().double()
+        own = weight.detach().cpu().float()
         return own.T if self.shape.kind is ModuleKind.CONV1D else own
+
+    def row_blocks(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """`weight` in float64, some rows at a time: the whole of a head's takes gigabytes."""
+        weight = self.weight()
+        for start in range(0, len(weight), _BLOCK_ROWS):
+            rows = slice(start, start + _BLOCK_ROWS)
+            yield rows, weight[rows].double()
 
     def bias(self) -> torch.Tensor | None:
         """The base's own bias, [out], float64 on the host; None if the module has none."""

@@ -219,7 +219,7 @@ def test_bad_checkpoints_change_nothing(
     def publish() -> object:
         return store.publish("acme/tickets", source)
 
-    write_checkpoint(source, config={"use_dora": True})
+    write_checkpoint(source, config={"layer_replication": [[0, 1]]})
     assert isinstance(refused(store, root, publish), FailedPrecondition)
     write_checkpoint(source, config={"r": 300})
     assert isinstance(refused(store, root, publish), InvalidArgument)

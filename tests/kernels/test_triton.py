@@ -47,8 +47,9 @@ def interpreted(*files: str, only: str = "") -> None:
     assert " passed" in run(["-c", start, *paths, *options], TRITON_INTERPRET="1")
 
 
-def test_attention_and_small_operations_in_the_interpreter() -> None:
-    interpreted("triton_shim.py", "triton_attention.py", "triton_small.py")
+def test_all_but_edits_in_the_interpreter() -> None:
+    files = ("shim", "attention", "small", "product")
+    interpreted(*(f"triton_{file}.py" for file in files))
 
 
 def test_edits_in_the_interpreter() -> None:
@@ -68,5 +69,14 @@ def test_compiled_ahead(tmp_path: Path) -> None:
         TRITON_CACHE_DIR=str(tmp_path),
     )
     assert " 0 that do not fit" in out
-    for kernel in ("shrink", "expand", "attend", "combine", "write_kv", "norm", "activate"):
+    for kernel in (
+        "shrink",
+        "expand",
+        "product",
+        "attend",
+        "combine",
+        "write_kv",
+        "norm",
+        "activate",
+    ):
         assert f"\n{kernel} " in out
