@@ -16,15 +16,14 @@
 // kSplit positions a line's sum is closed and merged into the row's result in ascending order.
 // A long unit's splits can therefore be handed to different threads without a change in the bits.
 
+#include "attention_softmax.h"
+#include "attention_tile.h"
 #include "attention_work.h"
 #include "tile_product.h"
-#include "vector_math.h"
 
 namespace manylora {
 namespace MANYLORA_ISA {
 namespace {
-
-constexpr int64_t kTile = 32;
 
 // The element type of a tile of keys or values.
 template <class T>
@@ -73,161 +72,6 @@ static Scratch scratch_of(const Sizes& sizes) {
   s.q = next;
   for (int64_t i = 0; i < sizes.lines; ++i) s.ones[i] = 1.0f;
   return s;
-}
-
-// A score of -inf weighs 0, and a line of nothing but such scores must not become NaN by it.
-MANYLORA_INLINE float shift_of(float top) { return top == -kInfinity ? 0.0f : top; }
-MANYLORA_INLINE float exp_of(float x) {
-  float y;
-  store(&y, exp(splat(x)), 1);
-  return y;
-}
-
-static void clear(const Part& part, int64_t lines, int64_t width) {
-  for (int64_t i = 0; i < lines; ++i) {
-    part.top[i] = -kInfinity;
-    part.sum[i] = 0.0f;
-  }
-  memset(part.acc, 0, static_cast<size_t>(lines * width) * sizeof(float));
-}
-
-static void merge(const Part& from, const Part& into, int64_t lines, int64_t width) {
-  for (int64_t i = 0; i < lines; ++i) {
-    const float top = from.top[i] > into.top[i] ? from.top[i] : into.top[i];
-    const float old_share = exp_of(into.top[i] - shift_of(top));
-    const float new_share = exp_of(from.top[i] - shift_of(top));
-    into.top[i] = top;
-    into.sum[i] = into.sum[i] * old_share + from.sum[i] * new_share;
-    float* const acc = into.acc + i * width;
-    for (int64_t d = 0; d < width; d += kLanes) {
-      const Vec added = mul(load(from.acc + i * width + d), splat(new_share));
-      store(acc + d, fma(load(acc + d), splat(old_share), added));
-    }
-  }
-}
-
-// Where keys and values of a KV head lie, in elements from the start of the cache, by position in
-// the tile. Positions beside the wanted ones repeat the nearest of them, so that nothing branches.
-struct Places {
-  int64_t at[kTile];
-};
-
-// The part of [lo, hi) that lies in lo's tile.
-static int64_t find(const Call& call, int64_t sequence, int64_t head, int64_t lo, int64_t hi,
-                    Places* places) {
-  const AttentionLayer& layer = *call.layer;
-  const int64_t tile = lo / kTile * kTile;
-  hi = smaller(hi, tile + kTile);
-  const int32_t* const table = call.batch->block_table + sequence * call.batch->table_stride;
-  int64_t* const at = places->at;
-  for (int64_t key = lo; key < hi;) {
-    const int64_t block = key / layer.block_size, offset = key % layer.block_size;
-    const int64_t end = smaller(hi, key - offset + layer.block_size);
-    int64_t place = layer.place(table[block], head) + offset * layer.head_dim;
-    for (; key < end; ++key, place += layer.head_dim) at[key - tile] = place;
-  }
-  for (int64_t j = 0; j < lo - tile; ++j) at[j] = at[lo - tile];
-  for (int64_t j = hi - tile; j < kTile; ++j) at[j] = at[hi - tile - 1];
-  return hi;
-}
-
-template <class T>
-MANYLORA_INLINE void prefetch(const T* cache, const int64_t* at, int64_t head_dim) {
-  constexpr int64_t kLine = 64 / sizeof(T);
-  for (int i = 0; i < kLanes; ++i) {
-    for (int64_t d = 0; d < head_dim; d += kLine) __builtin_prefetch(cache + at[i] + d, 0, 2);
-  }
-}
-
-MANYLORA_INLINE Vec load_words(const bf16* p) { return load(reinterpret_cast<const float*>(p)); }
-MANYLORA_INLINE Vec load_words(const float* p) { return load(p); }
-MANYLORA_INLINE Vec load_words(const f16* p) { return load(p); }
-
-// Transposes kLanes keys into as many columns of words.
-template <class T>
-static void pack_keys(const T* cache, const int64_t* at, int64_t head_dim, float* words) {
-  int64_t d = 0;
-  for (; d + kStep<T> <= head_dim; d += kStep<T>, words += kLanes * kTile) {
-    Vec rows[kLanes];
-    for (int i = 0; i < kLanes; ++i) rows[i] = load_words(cache + at[i] + d);
-    transpose(rows);
-    for (int i = 0; i < kLanes; ++i) store(words + i * kTile, rows[i]);
-  }
-  if (d == head_dim) return;
-  Vec rows[kLanes];
-  for (int i = 0; i < kLanes; ++i) {
-    T whole[kStep<T>] = {};
-    memcpy(whole, cache + at[i] + d, static_cast<size_t>(head_dim - d) * sizeof(T));
-    rows[i] = load_words(whole);
-  }
-  transpose(rows);
-  for (int64_t i = 0; i < ceil_div(head_dim - d, kDepth<T>); ++i) store(words + i * kTile, rows[i]);
-}
-
-// Values of kLanes keys, a row of words for each key, or for each pair of keys.
-template <class T>
-static void pack_values(const T* cache, const int64_t* at, int64_t head_dim, int64_t width,
-                        float* words) {
-  for (int i = 0; i < kLanes; ++i, words += width) {
-    const T* const p = cache + at[i];
-    int64_t d = 0;
-    for (; d + kLanes <= head_dim; d += kLanes) store(words + d, load(p + d));
-    if (d < head_dim) store(words + d, load(p + d, head_dim - d));
-  }
-}
-static void pack_values(const bf16* cache, const int64_t* at, int64_t head_dim, int64_t width,
-                        float* words) {
-  for (int i = 0; i < kLanes; i += 2, words += width) {
-    const bf16 *const even = cache + at[i], *const odd = cache + at[i + 1];
-    int64_t d = 0;
-    for (; d + kLanes <= head_dim; d += kLanes) store(words + d, interleave(even + d, odd + d));
-    if (d == head_dim) continue;
-    bf16 tail[2][kLanes] = {};
-    memcpy(tail[0], even + d, static_cast<size_t>(head_dim - d) * sizeof(bf16));
-    memcpy(tail[1], odd + d, static_cast<size_t>(head_dim - d) * sizeof(bf16));
-    store(words + d, interleave(tail[0], tail[1]));
-  }
-}
-
-// Turns a line's scores of a tile into weights, of which those beside [lo, hi) are 0, and brings
-// its softmax forward. distance: position of the tile's first key less the row's.
-template <class W>
-static void weigh(const AttentionLayer& layer, float slope, int64_t distance, int64_t lo,
-                  int64_t hi, const float* scores, W* weights, float* top, float* weight_sum, float* keep) {
-  static const float kRamp[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  constexpr int kVecs = kTile / kLanes;
-  const Vec ramp = load(kRamp), nothing = splat(-kInfinity);
-  Vec x[kVecs];
-  for (int i = 0; i < kVecs; ++i) x[i] = mul(load(scores + i * kLanes), splat(layer.scale));
-  if (layer.softcap > 0.0f) {
-    const Vec inverse = splat(1.0f / layer.softcap);
-    for (int i = 0; i < kVecs; ++i) x[i] = mul(tanh(mul(x[i], inverse)), splat(layer.softcap));
-  }
-  if (layer.slopes != nullptr) {
-    for (int i = 0; i < kVecs; ++i) {
-      const Vec away = add(splat(static_cast<float>(distance + i * kLanes)), ramp);
-      x[i] = fma(splat(slope), away, x[i]);
-    }
-  }
-  if (lo > 0 || hi < kTile) {
-    const Vec first = splat(static_cast<float>(lo)), end = splat(static_cast<float>(hi));
-    for (int i = 0; i < kVecs; ++i) {
-      const Vec key = add(splat(static_cast<float>(i * kLanes)), ramp);
-      x[i] = select_below(key, first, nothing, select_below(key, end, x[i], nothing));
-    }
-  }
-  Vec highest = splat(*top);
-  for (int i = 0; i < kVecs; ++i) highest = max(highest, x[i]);
-  const float new_top = max_lane(highest), shift = shift_of(new_top);
-  Vec sums = zero();
-  for (int i = 0; i < kVecs; ++i) {
-    const Vec weight = exp(sub(x[i], splat(shift)));
-    store(weights + i * kLanes, weight);
-    sums = add(sums, weight);
-  }
-  *keep = new_top == *top ? 1.0f : exp_of(*top - shift);
-  *weight_sum = *weight_sum * *keep + sum(sums);
-  *top = new_top;
 }
 
 // acc [lines][width] = keep * acc + weights times the values of keys [lo, hi) of a tile. Of a pair
