@@ -11,6 +11,7 @@ from manylora.kernels.triton.activation import gelu_mul, silu_mul
 from manylora.kernels.triton.attention import paged_attention
 from manylora.kernels.triton.edits import apply_edits_, pack_b, packed_b_numel
 from manylora.kernels.triton.norm import layer_norm, rms_norm
+from manylora.kernels.triton.product import linear_with_edits
 from manylora.kernels.triton.scale_inputs import scale_inputs
 from manylora.kernels.triton.write_kv import rotary_write_kv, write_kv
 
@@ -19,6 +20,7 @@ __all__ = [
     "apply_edits_",
     "gelu_mul",
     "layer_norm",
+    "linear_with_edits",
     "pack_b",
     "packed_b_numel",
     "paged_attention",

@@ -191,6 +191,8 @@ def _edits(model: Model, dtype: torch.dtype) -> None:
         group = SliceGroup(tuple(range(len(sizes))), starts, sizes)
         x, y = _meta(_ROWS, in_size, dtype=dtype), _meta(_ROWS, sum(sizes), dtype=dtype)
         kernels.apply_edits_(y, x, group, pool, table, plan)
+        weight = _meta(sum(sizes), in_size, dtype=dtype)
+        kernels.linear_with_edits(x, weight, weight[:, 0].contiguous(), group, pool, table, plan)
         if len(sizes) == 1:
             kernels.scale_inputs(x, group, pool, table, plan)
 

@@ -22,20 +22,20 @@ from manylora.kernels.triton.low_rank import low_rank
 from manylora.kernels.triton.shrink import shrink
 from manylora.kernels.triton.slices import TILE_WORDS, is_aligned, tile_words
 
-_UNIT = 16
+UNIT = 16
 
 
 def pack_b(b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """B [out, r] as the kernels read it, flat: [r, out], out padded with zeros to 16."""
     out, rank = b.shape
-    packed = torch.zeros(rank, tiles.round_up(out, _UNIT), dtype=dtype, device=b.device)
+    packed = torch.zeros(rank, tiles.round_up(out, UNIT), dtype=dtype, device=b.device)
     packed[:, :out] = b.T
     return packed.flatten()
 
 
 def packed_b_numel(out: int, r: int, dtype: torch.dtype) -> int:  # noqa: ARG001
     """Elements of `pack_b`'s result."""
-    return tiles.round_up(out, _UNIT) * r
+    return tiles.round_up(out, UNIT) * r
 
 
 def apply_edits_(
@@ -74,7 +74,7 @@ def apply_edits_(
         RANKS=plan_of.ranks,
         SPLITS=planes.shape[2],
         TILE_WORDS=TILE_WORDS,
-        UNIT=_UNIT,
+        UNIT=UNIT,
         ALIGNED=is_aligned(group),
         num_warps=plan_of.warps,
         num_stages=1,
