@@ -43,7 +43,8 @@ static void merge(const Part& from, const Part& into, int64_t lines, int64_t wid
 // its softmax forward. distance: position of the tile's first key less the row's.
 template <class W>
 static void weigh(const AttentionLayer& layer, float slope, int64_t distance, int64_t lo,
-                  int64_t hi, const float* scores, W* weights, float* top, float* weight_sum, float* keep) {
+                  int64_t hi, const float* scores, W* weights, float* top, float* weight_sum,
+                  float* keep) {
   static const float kRamp[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   constexpr int kVecs = kTile / kLanes;
   const Vec ramp = load(kRamp), nothing = splat(-kInfinity);
