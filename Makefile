@@ -5,16 +5,23 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
 INSTALLED_FROM := pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h kernels/cpu/CMakeLists.txt)
 
-.PHONY: help demo test lint format kernels protos clean
+.PHONY: help demo test matrix check-gpu-kernels lint format kernels protos clean
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 demo: $(VENV)/.installed-demo ## train three adapters, serve them beside the base, compare
 	$(BIN)/manylora demo
 
 test: $(VENV)/.installed-dev ## all tests
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest
+
+matrix: $(VENV)/.installed-dev ## every PEFT method on every architecture against peft
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=tests/tools $(BIN)/python -P -m manylora_testing.matrix
+
+check-gpu-kernels: $(VENV)/.installed-dev ## run and compile the Triton kernels without a GPU
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest tests/kernels -k triton
+	$(BIN)/python -P -m manylora.kernels.triton.compile_check
 
 lint: $(VENV)/.installed-dev ## what CI checks before the tests
 	$(BIN)/ruff check
