@@ -117,7 +117,10 @@ METHODS: dict[str, Recipe] = {
     ),
     "hra": Recipe(peft.HRAConfig, {"r": 5, "bias": "hra_only"}, conv1d=False),
     "hra-gs": Recipe(peft.HRAConfig, {"r": 4, "apply_GS": True}, conv1d=False),
-    "vblora": Recipe(peft.VBLoRAConfig, {"r": 4, "num_vectors": 12, "vector_length": 8, "topk": 2}),
+    "vblora": Recipe(
+        peft.VBLoRAConfig,
+        {"r": 4, "num_vectors": 12, "vector_length": 8, "topk": 2, "init_vector_bank_bound": 0.4},
+    ),
     "delora": Recipe(peft.DeloraConfig, {"r": 4, "delora_lambda": 6}, conv1d=False),
     "gralora": Recipe(
         peft.GraloraConfig,
@@ -143,10 +146,12 @@ def methods_of(arch: str) -> list[str]:
 def make_method(method: str, arch: str, base: nn.Module, directory: Path) -> Path:
     """Makes an adapter for a fresh copy of the base, and saves it."""
     recipe = METHODS[method]
-    with warnings.catch_warnings():
+    seed = zlib.crc32(f"{method} {arch}".encode())
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
+        torch.manual_seed(seed)  # of peft's initial weights
         model = peft.get_peft_model(copy.deepcopy(base), recipe.config(arch))
-        _shake(model, zlib.crc32(f"{method} {arch}".encode()))
+        _shake(model, seed)
         recipe.after(model.peft_config["default"], PLACES[arch])
         model.save_pretrained(directory)
     return directory
