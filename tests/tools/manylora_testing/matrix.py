@@ -59,7 +59,7 @@ def run_column(
     generator = torch.Generator().manual_seed(5)
     streams = [
         Stream(method, _prompt(generator, 9 + i % 9), watched=True, starts_at=i % 3)
-        for i, method in enumerate([*column.adapters, None, None])
+        for i, method in enumerate([None, *column.adapters])
     ]
     runner.run(streams, chunk=4, new_tokens=1)
     return streams
