@@ -171,11 +171,11 @@ def peft_rows(base: nn.Module, directory: Path | None, ids: list[int]) -> torch.
 
 @torch.no_grad()
 def _shake(model: nn.Module, seed: int) -> None:
-    """Moves every trained tensor by a fair part of its size, or to a size of its own if it is
-    zero; norms' biases stay, for no linear module has them."""
+    """Moves every trained tensor by a fair part of its size, and no less than of a size that
+    matters; norms' biases stay, for no linear module has them."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad or "norm" in name or ".ln_" in name:
             continue
-        size = float(parameter.abs().mean()) or 0.3 * parameter.shape[-1] ** -0.5
+        size = max(float(parameter.abs().mean()), 0.3 * parameter.shape[-1] ** -0.5)
         parameter.add_(0.5 * size * torch.randn(parameter.shape, generator=generator))
