@@ -30,6 +30,7 @@ from triton.runtime.jit import JITFunction
 
 import manylora.kernels.triton as kernels
 from manylora.kernels import EditTable, SliceGroup, make_batch, make_plan
+from manylora.kernels.table import IN_SCALE
 from manylora.kernels.triton import tiles
 
 TARGETS = {
@@ -177,8 +178,9 @@ def _edits(model: Model, dtype: torch.dtype) -> None:
     """All projections of a decoder layer, packed as the engine packs them, and in_scale."""
     q, kv = model.heads * model.head_dim, model.kv_heads * model.head_dim
     table = EditTable(1, 3, "meta")
-    ranks, scales = np.full(3, _RANK, np.int32), np.ones(3, np.float32)
-    table.write(0, ranks, scales, np.zeros((3, 5), np.int64))
+    offsets = np.zeros((3, 5), np.int64)
+    offsets[:2, IN_SCALE] = -1  # packed projections share their input
+    table.write(0, np.full(3, _RANK, np.int32), np.ones(3, np.float32), offsets)
     pool = _meta(1 << 20, dtype=dtype)
     plan = make_plan(np.arange(_ROWS, dtype=np.int32) % 2 - 1, "meta")
     for in_size, sizes in (
@@ -188,13 +190,12 @@ def _edits(model: Model, dtype: torch.dtype) -> None:
         (model.intermediate, (model.hidden,)),
     ):
         starts = tuple(itertools.accumulate((0, *sizes[:-1])))
-        group = SliceGroup(tuple(range(len(sizes))), starts, sizes)
+        modules = (2,) if len(sizes) == 1 else (0, 1, 1)[: len(sizes)]
+        group = SliceGroup(modules, starts, sizes)
         x, y = _meta(_ROWS, in_size, dtype=dtype), _meta(_ROWS, sum(sizes), dtype=dtype)
         kernels.apply_edits_(y, x, group, pool, table, plan)
         weight = _meta(sum(sizes), in_size, dtype=dtype)
         kernels.linear_with_edits(x, weight, weight[:, 0].contiguous(), group, pool, table, plan)
-        if len(sizes) == 1:
-            kernels.scale_inputs(x, group, pool, table, plan)
 
 
 def _attention(model: Model, dtype: torch.dtype) -> None:

@@ -18,7 +18,7 @@ import triton.language as tl
 from manylora.kernels.plan import Plan
 from manylora.kernels.table import EditTable, SliceGroup
 from manylora.kernels.triton import tiles
-from manylora.kernels.triton.low_rank import low_rank
+from manylora.kernels.triton.low_rank import add_low_rank
 from manylora.kernels.triton.shrink import shrink
 from manylora.kernels.triton.slices import TILE_WORDS, is_aligned, tile_words
 
@@ -152,7 +152,7 @@ def _expand(
     column_ok = column < size
     out_scale = load_vector(pool, out_scale_at, column, column_ok, 1.0)
     bias = load_vector(pool, bias_at, column, column_ok, 0.0)
-    scale = tl.load(scales + entry, mask=rank > 0, other=0.0)
+    scale = tl.load(scales + entry)
     b = pool + tl.multiple_of(tl.load(offsets + entry * 5 + 1), 16)
     b_stride = tl.multiple_of((size + UNIT - 1) // UNIT * UNIT, UNIT)
 
@@ -160,26 +160,26 @@ def _expand(
     for first in range(tl.load(starts + segment), end, ROWS):
         lane = first + tl.arange(0, ROWS)
         row = tl.load(order + lane, mask=lane < end, other=0).to(tl.int64)
-        place = (part * rows + row) * (SPLITS * max_rank)
-        low = low_rank(
+        at = y + row[:, None] * y_stride + (start + column)[None, :]
+        ok = (lane < end)[:, None] & column_ok[None, :]
+        before = tl.load(at, mask=ok, other=0.0).to(tl.float32)
+        after = add_low_rank(
+            before * out_scale[None, :],
             planes,
             b,
-            place,
+            (part * rows + row) * (SPLITS * max_rank),
             lane < end,
             column,
             column_ok,
             rank,
             max_rank,
             b_stride,
-            ROWS,
-            COLUMNS,
+            scale,
             RANKS,
             SPLITS,
+            False,
         )
-        at = y + row[:, None] * y_stride + (start + column)[None, :]
-        ok = (lane < end)[:, None] & column_ok[None, :]
-        before = tl.load(at, mask=ok, other=0.0).to(tl.float32)
-        after = before * out_scale[None, :] + scale * low + bias[None, :]
+        after += bias[None, :]
         tl.store(at, after.to(y.dtype.element_ty), mask=ok)
 
 

@@ -21,7 +21,7 @@ from manylora.kernels.plan import Plan
 from manylora.kernels.table import EditTable, SliceGroup
 from manylora.kernels.triton import tiles
 from manylora.kernels.triton.edits import UNIT, check_fit, load_vector
-from manylora.kernels.triton.low_rank import low_rank
+from manylora.kernels.triton.low_rank import add_low_rank
 from manylora.kernels.triton.scale_inputs import scale_inputs
 from manylora.kernels.triton.shrink import shrink
 from manylora.kernels.triton.slices import TILE_WORDS, is_aligned, tile_words
@@ -166,33 +166,44 @@ def _product(
 
     slots = tl.load(row_slot + row, mask=row_ok, other=-1)
     slot = tl.max(slots, 0)
-    while slot >= 0:
+    for _ in tl.range(0, _distinct(slots), num_stages=1):
         entry = slot.to(tl.int64) * modules + module
+        mine = (slots == slot)[:, None]
+        out_scale = load_vector(pool, tl.load(offsets + entry * 5 + 3), column, column_ok, 1.0)
+        result = tl.where(mine, result * out_scale[None, :], result)
         rank = tl.load(ranks + entry)
-        place = (part * rows + row) * (SPLITS * max_rank)
-        low = low_rank(
+        result = add_low_rank(
+            result,
             planes,
             pool + tl.multiple_of(tl.load(offsets + entry * 5 + 1), 16),
-            place,
+            (part * rows + row) * (SPLITS * max_rank),
             slots == slot,
             column,
             column_ok,
             rank,
             max_rank,
             tl.multiple_of((size + UNIT - 1) // UNIT * UNIT, UNIT),
-            ROWS,
-            COLUMNS,
+            tl.load(scales + entry),
             RANKS,
             SPLITS,
+            True,
         )
-        scale = tl.load(scales + entry, mask=rank > 0, other=0.0)
-        out_scale = load_vector(pool, tl.load(offsets + entry * 5 + 3), column, column_ok, 1.0)
         bias = load_vector(pool, tl.load(offsets + entry * 5 + 4), column, column_ok, 0.0)
-        edited = result * out_scale[None, :] + scale * low + bias[None, :]
-        result = tl.where((slots == slot)[:, None], edited, result)
+        result = tl.where(mine, result + bias[None, :], result)
         slot = tl.max(tl.where(slots < slot, slots, -1), 0)
     at = y + row[:, None] * y_stride + (start + column)[None, :]
     tl.store(at, result.to(y.dtype.element_ty), mask=row_ok[:, None] & column_ok[None, :])
+
+
+@triton.jit
+def _distinct(slots: tl.tensor) -> tl.tensor:
+    """How many different slots there are that are not negative."""
+    count = 0
+    slot = tl.max(slots, 0)
+    while slot >= 0:
+        count += 1
+        slot = tl.max(tl.where(slots < slot, slots, -1), 0)
+    return count
 
 
 @triton.jit

@@ -121,9 +121,10 @@ def expand_tiles(dtype: torch.dtype) -> ExpandTiles:
 def product_tiles(dtype: torch.dtype, on: Target) -> ProductTiles:
     if dtype.itemsize == 4:
         return ProductTiles(32, 32, 32, 16, 4, 2)
-    if on.backend == "hip":
-        return ProductTiles(128, 128, 64, 32, 8, 2)
-    return ProductTiles(128, 128, 64, 32, 8, 4 if on.shared >= 160 << 10 else 2)
+    if on.shared >= _LARGE_SHARED:
+        return ProductTiles(128, 256, 64, 16, 8, 3)
+    stages = 3 if on.backend == "cuda" and on.shared >= 128 << 10 else 2
+    return ProductTiles(128, 128, 64, 16, 8, stages)
 
 
 SPLIT_KEYS = 256
