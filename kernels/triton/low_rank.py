@@ -47,7 +47,7 @@ def add_low_rank(
             finite = tl.abs(b_tile.to(tl.float32)) < float("inf")
             total = _dot(h, tl.where(finite, b_tile, 0.0).to(b_tile.dtype), total)
             broken = tl.min(finite.to(tl.int32), 0) == 0
-            total = tl.where(row_ok[:, None] & broken[None, :], float("nan"), total)
+            total += tl.where(row_ok[:, None] & broken[None, :], float("nan"), 0.0)
         else:
             total = _dot(h, b_tile, total)
     return total

@@ -5,10 +5,10 @@ registers applies the edits of its rows: it walks the slots that occur among the
 first, and adds B h only to the rows of that slot. Rows lie as in the batch, so a tile may straddle
 adapters without padding, and y is written once, rounded once. h comes from the shrink before it.
 
-128 by 128 with 64 columns of x at a time is what keeps matrix units busy at prefill's many rows.
-Every slot of a tile costs a pass over its B; for decodes of many adapters `apply_edits_` after a
-product of one's choice reads less. Programs that share columns of W run after one another, eight
-row tiles at a time, so that W's tiles come from the cache.
+128 by 128, 64 columns of x at a time, keeps matrix units busy; 128 by 64 where the epilogue would
+spill (`tiles.product_tiles`). Every slot of a tile costs a pass over its B; for decodes of many
+adapters `apply_edits_` after a product of one's choice reads less. Programs that share columns of
+W run after one another, eight row tiles at a time, so that W's tiles come from the cache.
 """
 
 from __future__ import annotations
@@ -138,11 +138,18 @@ def _product(
     tile = tile_words + column_tile * TILE_WORDS
     part, module, start = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
     size, first_column = tl.load(tile + 3), tl.load(tile + 4)
+    first_column = tl.multiple_of(first_column, COLUMNS)
     if ALIGNED:
         start = tl.multiple_of(start, 16)
-    row = (row_tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    row_ok = row < rows
-    column = tl.multiple_of(first_column, COLUMNS) + tl.arange(0, COLUMNS)
+    first_row = row_tile * ROWS
+    row = tl.arange(0, ROWS)
+    row_ok = row < rows - first_row
+    x += first_row.to(tl.int64) * x_stride
+    y += first_row.to(tl.int64) * y_stride + start + first_column
+    weight += (start + first_column).to(tl.int64) * weight_stride
+    planes += (part * rows + first_row).to(tl.int64) * (SPLITS * max_rank)
+    within = tl.arange(0, COLUMNS)
+    column = first_column + within
     column_ok = column < size
     precision: tl.constexpr = "ieee" if x.dtype.element_ty == tl.float32 else "tf32"
 
@@ -155,7 +162,7 @@ def _product(
             other=0.0,
         )
         weight_tile = tl.load(
-            weight + (start + column).to(tl.int64)[None, :] * weight_stride + k[:, None],
+            weight + within[None, :] * weight_stride + k[:, None],
             mask=column_ok[None, :] & (k < in_size)[:, None],
             other=0.0,
         )
@@ -164,19 +171,20 @@ def _product(
         base = tl.load(base_bias + start + column, mask=column_ok, other=0.0)
         result += base.to(tl.float32)[None, :]
 
-    slots = tl.load(row_slot + row, mask=row_ok, other=-1)
+    slots = tl.load(row_slot + first_row + row, mask=row_ok, other=-1)
     slot = tl.max(slots, 0)
     for _ in tl.range(0, _distinct(slots), num_stages=1):
         entry = slot.to(tl.int64) * modules + module
         mine = (slots == slot)[:, None]
         out_scale = load_vector(pool, tl.load(offsets + entry * 5 + 3), column, column_ok, 1.0)
-        result = tl.where(mine, result * out_scale[None, :], result)
+        # no select of `result` itself: Triton 3.7 cannot compile one before a product for sm_100
+        result *= tl.where(mine, out_scale[None, :], 1.0)
         rank = tl.load(ranks + entry)
         result = add_low_rank(
             result,
             planes,
             pool + tl.multiple_of(tl.load(offsets + entry * 5 + 1), 16),
-            (part * rows + row) * (SPLITS * max_rank),
+            row * (SPLITS * max_rank),
             slots == slot,
             column,
             column_ok,
@@ -189,9 +197,9 @@ def _product(
             True,
         )
         bias = load_vector(pool, tl.load(offsets + entry * 5 + 4), column, column_ok, 0.0)
-        result = tl.where(mine, result + bias[None, :], result)
+        result += tl.where(mine, bias[None, :], 0.0)
         slot = tl.max(tl.where(slots < slot, slots, -1), 0)
-    at = y + row[:, None] * y_stride + (start + column)[None, :]
+    at = y + row[:, None] * y_stride + within[None, :]
     tl.store(at, result.to(y.dtype.element_ty), mask=row_ok[:, None] & column_ok[None, :])
 
 

@@ -25,6 +25,7 @@ SHARED_BYTES = {
 """Shared memory that one block may have (CUDA programming guide; CDNA ISA)."""
 
 _LEAST_SHARED = 64 << 10
+_TENSOR_MEMORY = {("cuda", 100), ("cuda", 103)}
 _LARGE_SHARED = 200 << 10
 """Hopper and Blackwell for data centres: their matrix units read operands from shared memory, where
 others hold them in registers, which 64 keys by 64 rows would overfill."""
@@ -32,10 +33,15 @@ others hold them in registers, which 64 keys by 64 rows would overfill."""
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What the tile plan knows of a GPU. backend: "cuda" or "hip"; shared: bytes a block."""
+    """What the tile plan knows of a GPU.
+
+    backend: "cuda" or "hip". shared: bytes a block. tensor_memory: accumulators of products lie in
+    a memory of their own (Blackwell for data centres).
+    """
 
     backend: str
     shared: int
+    tensor_memory: bool = False
 
 
 @functools.cache
@@ -44,7 +50,8 @@ def target() -> Target:
     if triton.knobs.runtime.interpret:
         return Target("cuda", _LEAST_SHARED)
     found = triton.runtime.driver.active.get_current_target()
-    return Target(found.backend, SHARED_BYTES.get((found.backend, found.arch), _LEAST_SHARED))
+    shared = SHARED_BYTES.get((found.backend, found.arch), _LEAST_SHARED)
+    return Target(found.backend, shared, (found.backend, found.arch) in _TENSOR_MEMORY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +129,11 @@ def product_tiles(dtype: torch.dtype, on: Target) -> ProductTiles:
     if dtype.itemsize == 4:
         return ProductTiles(32, 32, 32, 16, 4, 2)
     if on.shared >= _LARGE_SHARED:
-        return ProductTiles(128, 256, 64, 16, 8, 3)
+        # Registers overflow in an epilogue over 128 columns that come from tensor memory, and where
+        # B is float16 and becomes tf32.
+        is_half = dtype == torch.float16
+        columns = 64 if on.tensor_memory or is_half else 128
+        return ProductTiles(128, columns, 64, 16 if is_half else 32, 8, 4)
     stages = 3 if on.backend == "cuda" and on.shared >= 128 << 10 else 2
     return ProductTiles(128, 128, 64, 16, 8, stages)
 
@@ -138,7 +149,7 @@ def chunk_tiles(group: int, head_dim: int, dtype: torch.dtype, on: Target) -> At
     group, dim = power_of_two(group), max(16, power_of_two(head_dim))
     rows = 16 if dtype.itemsize == 4 else 32 if dim > 128 else 64
     keys = 64 if on.shared >= _LARGE_SHARED and dtype.itemsize == 2 and dim <= 128 else 32
-    stages = 1 if dtype.itemsize == 4 else 3 if on.backend == "cuda" else 2
+    stages = 1 if dtype.itemsize == 4 else 3 if on.backend == "cuda" and keys == 32 else 2
     return AttentionTiles(max(1, rows // group), group, keys, dim, 0, 4, stages)
 
 
