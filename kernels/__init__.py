@@ -9,6 +9,7 @@ from __future__ import annotations
 from manylora.kernels.attention import AttentionBatch, make_batch
 from manylora.kernels.backend import Backend, select
 from manylora.kernels.plan import Plan, make_plan
+from manylora.kernels.stack import RankStack, make_stack, stack_factors
 from manylora.kernels.table import EditTable, SliceGroup
 
 __all__ = [
@@ -16,8 +17,11 @@ __all__ = [
     "Backend",
     "EditTable",
     "Plan",
+    "RankStack",
     "SliceGroup",
     "make_batch",
     "make_plan",
+    "make_stack",
     "select",
+    "stack_factors",
 ]

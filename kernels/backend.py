@@ -14,6 +14,7 @@ import torch
 from manylora.kernels import cpu, reference
 from manylora.kernels.attention import AttentionBatch
 from manylora.kernels.plan import Plan
+from manylora.kernels.stack import RankStack
 from manylora.kernels.table import EditTable, SliceGroup
 
 BACKENDS = ("reference", "cpu", "triton")
@@ -47,6 +48,29 @@ class Backend(Protocol):
         table: EditTable,
         plan: Plan,
     ) -> torch.Tensor: ...
+
+    def add_low_rank_(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        a: torch.Tensor,
+        bt: torch.Tensor,
+        stack: RankStack,
+        plan: Plan,
+    ) -> None: ...
+
+    def low_rank_backward_(
+        self,
+        dx: torch.Tensor,
+        da: torch.Tensor,
+        dbt: torch.Tensor,
+        dy: torch.Tensor,
+        x: torch.Tensor,
+        a: torch.Tensor,
+        bt: torch.Tensor,
+        stack: RankStack,
+        plan: Plan,
+    ) -> None: ...
 
     def write_kv(
         self,

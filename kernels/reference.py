@@ -17,13 +17,16 @@ from manylora.kernels.reference_small import (
     rotary_write_kv,
     silu_mul,
 )
+from manylora.kernels.reference_training import add_low_rank_, low_rank_backward_
 from manylora.kernels.table import OFFSETS, EditTable, SliceGroup
 
 __all__ = [
     "NAME",
+    "add_low_rank_",
     "apply_edits_",
     "gelu_mul",
     "layer_norm",
+    "low_rank_backward_",
     "pack_b",
     "packed_b_numel",
     "paged_attention",

@@ -117,3 +117,20 @@ MANYLORA_KERNEL(act_mul,
                 (void* out, const void* x, int64_t x_stride, int64_t rows, int64_t size,
                  int64_t activation, int64_t dtype),
                 (out, x, x_stride, rows, size, activation, dtype))
+
+MANYLORA_KERNEL(add_low_rank,
+                (void* y, int64_t y_stride, const void* x, int64_t x_stride, const void* a,
+                 const void* bt, int64_t in, int64_t out, float* hidden, int64_t slots,
+                 int64_t max_rank, const int32_t* starts, const float* scale, const int32_t* plan,
+                 int64_t dtype, int64_t factor_dtype),
+                (y, y_stride, x, x_stride, a, bt, in, out, hidden, slots, max_rank, starts, scale,
+                 plan, dtype, factor_dtype))
+
+MANYLORA_KERNEL(low_rank_backward,
+                (void* dx, int64_t dx_stride, void* da, void* dbt, const void* dy,
+                 int64_t dy_stride, const void* x, int64_t x_stride, const void* a, const void* bt,
+                 int64_t in, int64_t out, float* hidden, int64_t slots, int64_t max_rank,
+                 const int32_t* starts, const float* scale, const int32_t* plan, int64_t dtype,
+                 int64_t factor_dtype),
+                (dx, dx_stride, da, dbt, dy, dy_stride, x, x_stride, a, bt, in, out, hidden, slots,
+                 max_rank, starts, scale, plan, dtype, factor_dtype))
