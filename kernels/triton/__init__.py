@@ -13,14 +13,17 @@ from manylora.kernels.triton.edits import apply_edits_, pack_b, packed_b_numel
 from manylora.kernels.triton.norm import layer_norm, rms_norm
 from manylora.kernels.triton.product import linear_with_edits
 from manylora.kernels.triton.scale_inputs import scale_inputs
+from manylora.kernels.triton.training import add_low_rank_, low_rank_backward_
 from manylora.kernels.triton.write_kv import rotary_write_kv, write_kv
 
 __all__ = [
     "NAME",
+    "add_low_rank_",
     "apply_edits_",
     "gelu_mul",
     "layer_norm",
     "linear_with_edits",
+    "low_rank_backward_",
     "pack_b",
     "packed_b_numel",
     "paged_attention",

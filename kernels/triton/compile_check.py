@@ -29,7 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 import manylora.kernels.triton as kernels
-from manylora.kernels import EditTable, SliceGroup, make_batch, make_plan
+from manylora.kernels import EditTable, SliceGroup, make_batch, make_plan, make_stack
 from manylora.kernels.table import IN_SCALE
 from manylora.kernels.triton import tiles
 
@@ -198,6 +198,18 @@ def _edits(model: Model, dtype: torch.dtype) -> None:
         kernels.linear_with_edits(x, weight, weight[:, 0].contiguous(), group, pool, table, plan)
 
 
+def _training(model: Model, dtype: torch.dtype) -> None:
+    """Forward and backward of the low-rank part, of factors in the same dtype and in float32."""
+    plan = make_plan(np.arange(_ROWS, dtype=np.int32) % 3 - 1, "meta")
+    stack = make_stack((_RANK, 4 * _RANK), (1.0, 2.0), "meta")
+    x, y = _meta(_ROWS, model.hidden, dtype=dtype), _meta(_ROWS, model.intermediate, dtype=dtype)
+    for its_dtype in (dtype, torch.float32):
+        a = _meta(stack.ranks, model.hidden, dtype=its_dtype)
+        bt = _meta(stack.ranks, model.intermediate, dtype=its_dtype)
+        kernels.add_low_rank_(y, x, a, bt, stack, plan)
+        kernels.low_rank_backward_(x, a, bt, y, x, a, bt, stack, plan)
+
+
 def _attention(model: Model, dtype: torch.dtype) -> None:
     """Decodes and chunks, plain and with everything that models ask for; the KV write."""
     counts = np.array([1, _ROWS - 1], np.int32)
@@ -236,7 +248,12 @@ def _small(model: Model, dtype: torch.dtype) -> None:
     kernels.gelu_mul(gate_up, "tanh")
 
 
-OPERATIONS: tuple[Callable[[Model, torch.dtype], None], ...] = (_edits, _attention, _small)
+OPERATIONS: tuple[Callable[[Model, torch.dtype], None], ...] = (
+    _edits,
+    _training,
+    _attention,
+    _small,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

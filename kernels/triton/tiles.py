@@ -90,6 +90,17 @@ class ProductTiles:
 
 
 @dataclass(frozen=True, slots=True)
+class ProjectTiles:
+    """h = A x in training: `rows` by `ranks` a program, `k` at a time."""
+
+    rows: int
+    ranks: int
+    k: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionTiles:
     """`queries` positions of `group` heads by `keys` keys, over at most `split` keys a program.
 
@@ -136,6 +147,21 @@ def product_tiles(dtype: torch.dtype, on: Target) -> ProductTiles:
         return ProductTiles(128, columns, 64, 16 if is_half else 32, 8, 4)
     stages = 3 if on.backend == "cuda" and on.shared >= 128 << 10 else 2
     return ProductTiles(128, 128, 64, 16, 8, stages)
+
+
+@functools.cache
+def project_tiles(dtype: torch.dtype) -> ProjectTiles:
+    if dtype.itemsize == 4:
+        return ProjectTiles(32, 32, 32, 4, 2)
+    return ProjectTiles(64, 32, 64, 4, 3)
+
+
+@functools.cache
+def training_tiles(dtype: torch.dtype) -> ExpandTiles:
+    """For y += h Bᵀ, and with as many ranks for hᵀ x over `rows` at a time."""
+    if dtype.itemsize == 4:
+        return ExpandTiles(32, 32, 32, 4)
+    return ExpandTiles(64, 32, 64, 4)
 
 
 SPLIT_KEYS = 256

@@ -57,6 +57,10 @@ def test_edits_in_the_interpreter() -> None:
     interpreted("test_edits.py", only="triton and not (many_rows and not (bfloat16 or 2100))")
 
 
+def test_training_in_the_interpreter() -> None:
+    interpreted("test_training.py", only="triton")
+
+
 def test_engine_in_the_interpreter() -> None:
     interpreted("triton_engine.py")
 
@@ -78,5 +82,8 @@ def test_compiled_ahead(tmp_path: Path) -> None:
         "write_kv",
         "norm",
         "activate",
+        "project",
+        "accumulate",
+        "gradient",
     ):
         assert f"\n{kernel} " in out
