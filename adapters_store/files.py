@@ -16,7 +16,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 CHECKPOINT_FILES = (CONFIG_FILE, WEIGHTS_FILE)
 
-_PICKLED_WEIGHTS = "adapter_model.bin"
+PICKLED_WEIGHTS = "adapter_model.bin"
 _OPEN_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
@@ -74,7 +74,8 @@ def refuse_pickle(name: str) -> InvalidArgument:
     return InvalidArgument(
         "pickled weights are not read, since reading them can run code",
         field=name,
-        wanted=f"{WEIGHTS_FILE} (peft: save_pretrained(..., safe_serialization=True))",
+        wanted=f"{WEIGHTS_FILE} (peft: save_pretrained(..., safe_serialization=True)), or a server "
+        f"with allow_pickles, which converts {PICKLED_WEIGHTS}",
     )
 
 
@@ -87,24 +88,25 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def _cannot_open(directory: int, name: str, error: OSError) -> InvalidArgument:
-    if error.errno == errno.ELOOP:
-        return InvalidArgument("links are not followed", field=name, wanted="a regular file")
-    if error.errno != errno.ENOENT:
-        return InvalidArgument("cannot open the file", field=name, found=_reason(error))
-    if name == WEIGHTS_FILE and _exists(directory, _PICKLED_WEIGHTS):
-        return refuse_pickle(_PICKLED_WEIGHTS)
-    return InvalidArgument(
-        "the checkpoint lacks this file", field=name, wanted=" and ".join(CHECKPOINT_FILES)
-    )
-
-
-def _exists(directory: int, name: str) -> bool:
+def exists(directory: int, name: str) -> bool:
+    """Whether an open directory has an entry of that name; a link counts as one."""
     try:
         os.stat(name, dir_fd=directory, follow_symlinks=False)
     except OSError:
         return False
     return True
+
+
+def _cannot_open(directory: int, name: str, error: OSError) -> InvalidArgument:
+    if error.errno == errno.ELOOP:
+        return InvalidArgument("links are not followed", field=name, wanted="a regular file")
+    if error.errno != errno.ENOENT:
+        return InvalidArgument("cannot open the file", field=name, found=_reason(error))
+    if name == WEIGHTS_FILE and exists(directory, PICKLED_WEIGHTS):
+        return refuse_pickle(PICKLED_WEIGHTS)
+    return InvalidArgument(
+        "the checkpoint lacks this file", field=name, wanted=" and ".join(CHECKPOINT_FILES)
+    )
 
 
 def _reason(error: Exception) -> str:

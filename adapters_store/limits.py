@@ -15,6 +15,7 @@ class Limits:
     max_header_bytes: int = 16 << 20
     max_tensors: int = 100_000
     max_tensor_name: int = 512  # characters
+    allow_pickles: bool = False  # adapter_model.bin, converted when it is published
 
 
 DEFAULT_LIMITS = Limits()

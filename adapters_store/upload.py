@@ -13,12 +13,16 @@ from manylora.adapters_store.adapter_version import AdapterVersion
 from manylora.adapters_store.files import (
     CHECKPOINT_FILES,
     CONFIG_FILE,
+    PICKLED_WEIGHTS,
+    WEIGHTS_FILE,
     check_size,
+    exists,
     open_file,
     refuse_pickle,
     sync_directory,
 )
 from manylora.adapters_store.limits import Limits
+from manylora.adapters_store.pickles import convert_pickle
 from manylora.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 
 Check: TypeAlias = Callable[[Path], None]
@@ -47,9 +51,10 @@ class Upload:
         self._staged = staged
         self._publish = publish
         self._destroy = destroy
+        taken = (*CHECKPOINT_FILES, PICKLED_WEIGHTS) if limits.allow_pickles else CHECKPOINT_FILES
         self._most = {
             name: limits.max_config_bytes if name == CONFIG_FILE else limits.max_weights_bytes
-            for name in CHECKPOINT_FILES
+            for name in taken
         }
         self._files: dict[str, BinaryIO] = {}
         self._dropped_bytes = 0
@@ -62,7 +67,7 @@ class Upload:
         many bytes; ResourceExhausted when the disk is full.
         """
         self._check_open()
-        if path not in CHECKPOINT_FILES:
+        if path not in self._most:
             self._drop(path, data)
             return
         if path not in self._files:
@@ -76,7 +81,8 @@ class Upload:
 
         Raises InvalidArgument for missing files, links, pickled weights, and too many bytes.
         """
-        for name in CHECKPOINT_FILES:
+        pickled = PICKLED_WEIGHTS in self._most and not exists(directory, WEIGHTS_FILE)
+        for name in (CONFIG_FILE, PICKLED_WEIGHTS if pickled else WEIGHTS_FILE):
             with open_file(directory, name, self._most[name]) as source:
                 while data := source.read(_COPY_BYTES):
                     self.write(name, data)
@@ -90,6 +96,7 @@ class Upload:
         """
         self._check_open()
         try:
+            self._convert_pickle()
             for file in self._files.values():
                 os.fchmod(file.fileno(), 0o444)
                 os.fsync(file.fileno())
@@ -130,6 +137,18 @@ class Upload:
             )
         self._dropped_bytes += len(data)
         check_size(self._dropped_bytes, ascii(path), self._most[CONFIG_FILE])
+
+    def _convert_pickle(self) -> None:
+        """Weights that came as a pickle, and not beside safetensors, become safetensors."""
+        pickled = self._files.pop(PICKLED_WEIGHTS, None)
+        if pickled is None:
+            return
+        pickled.close()
+        if WEIGHTS_FILE in self._files:
+            (self._staged / PICKLED_WEIGHTS).unlink()
+            return
+        convert_pickle(self._staged, self._most[PICKLED_WEIGHTS])
+        self._files[WEIGHTS_FILE] = (self._staged / WEIGHTS_FILE).open("ab", buffering=0)
 
     def _check_open(self) -> None:
         if not self._open:

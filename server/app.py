@@ -12,6 +12,7 @@ from contextlib import closing
 
 from transformers.utils.logging import disable_progress_bar
 
+from manylora.adapters_store.limits import Limits
 from manylora.adapters_store.store import Store
 from manylora.errors import ManyloraError
 from manylora.server.config import Settings
@@ -38,12 +39,16 @@ def run(settings: Settings) -> None:
     http = HttpEndpoint(settings.host, settings.http_port, observer.registry, ready.is_set)
     http.start()
     try:
-        with closing(Store(settings.store)) as store:
+        with closing(Store(settings.store, _limits(settings))) as store:
             engine = AsyncEngine(settings.engine(), store.open_object, observer)
             observer.watch(engine.info, engine.stats)
             asyncio.run(_serve(settings, store, engine, http, ready))
     finally:
         http.stop()
+
+
+def _limits(settings: Settings) -> Limits:
+    return Limits(allow_pickles=settings.allow_pickles)
 
 
 async def _serve(

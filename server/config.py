@@ -95,6 +95,11 @@ class Settings(BaseSettings):
         f"separates them with '{os.pathsep}'.",
     )
 
+    allow_pickles: bool = Field(
+        False,
+        description="Take adapter_model.bin, through torch's weights-only loader, and convert it.",
+    )
+
     host: str = Field(
         "127.0.0.1",
         description="Address to listen on. There is no authentication yet: keep it private.",
