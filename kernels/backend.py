@@ -104,6 +104,15 @@ class Backend(Protocol):
         offset: float = 0.0,
     ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
+    def layer_norm(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        eps: float,
+        residual: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+
     def rotary_write_kv(
         self,
         qkv: torch.Tensor,

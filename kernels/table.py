@@ -78,18 +78,36 @@ class EditTable:
     """
 
     def __init__(self, slots: int, modules: int, device: torch.device | str = "cpu") -> None:
-        self.slots = slots
-        self.modules = modules
-        self.rank = torch.zeros(slots, modules, dtype=torch.int32, device=device)
-        self.scale = torch.zeros(slots, modules, dtype=torch.float32, device=device)
-        shape = (slots, modules, len(OFFSETS))
-        self.offsets = torch.full(shape, -1, dtype=torch.int64, device=device)
-        self.in_scaled = np.zeros((slots, modules), dtype=bool)
+        shape = (slots, modules)
+        self._lie_on(
+            torch.zeros(shape, dtype=torch.int32, device=device),
+            torch.zeros(shape, dtype=torch.float32, device=device),
+            torch.full((*shape, len(OFFSETS)), -1, dtype=torch.int64, device=device),
+        )
+        self.in_scaled = np.zeros(shape, dtype=bool)
         self._in_scaled_modules: frozenset[int] = frozenset()
-        self.ranks = np.zeros((slots, modules), dtype=np.int32)
+        self.ranks = np.zeros(shape, dtype=np.int32)
         self._max_ranks = [0] * modules
-        addresses = (self.rank.data_ptr(), self.scale.data_ptr(), self.offsets.data_ptr())
-        self._view = _HostView(slots, modules, *addresses)
+
+    @classmethod
+    def on(
+        cls, rank: torch.Tensor, scale: torch.Tensor, offsets: torch.Tensor, max_rank: int
+    ) -> EditTable:
+        """A table of the tensors that another one has, for one `apply_edits_`.
+
+        max_rank: the other's, of the modules in question. What else is kept on the host is not
+        there.
+        """
+        table = cls.__new__(cls)
+        table._lie_on(rank, scale, offsets)
+        table._max_ranks = [max_rank] * table.modules
+        return table
+
+    def _lie_on(self, rank: torch.Tensor, scale: torch.Tensor, offsets: torch.Tensor) -> None:
+        self.slots, self.modules = rank.shape
+        self.rank, self.scale, self.offsets = rank, scale, offsets
+        addresses = (rank.data_ptr(), scale.data_ptr(), offsets.data_ptr())
+        self._view = _HostView(self.slots, self.modules, *addresses)
         self.address = ctypes.addressof(self._view)
 
     def clear(self, slot: int) -> None:

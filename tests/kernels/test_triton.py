@@ -58,7 +58,9 @@ def test_edits_in_the_interpreter() -> None:
 
 
 def test_training_in_the_interpreter() -> None:
-    interpreted("test_training.py", only="triton")
+    """What the other backends go through, and three adapters trained in one batch."""
+    only = "triton"
+    interpreted("test_training.py", "test_operators.py", only=only)
 
 
 def test_engine_in_the_interpreter() -> None:
