@@ -29,16 +29,18 @@ class Checkpoint:
     directory: Path
     config: Mapping[str, object]
     tensors: Mapping[str, TensorInfo]
+    weights_bytes: int  # of the whole file, also where `tensors` are a part of it
 
     def load(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Reads tensors by name into memory of their own, in the file's dtypes.
 
         Raises DataLoss if the file shrank since it was checked, InvalidArgument if it is gone.
         """
-        with open_directory(self.directory) as directory:
-            size = max(info.end for info in self.tensors.values())
-            with open_file(directory, WEIGHTS_FILE, size) as file:
-                return {name: _read_tensor(file, name, self.tensors[name]) for name in names}
+        with (
+            open_directory(self.directory) as directory,
+            open_file(directory, WEIGHTS_FILE, self.weights_bytes) as file,
+        ):
+            return {name: _read_tensor(file, name, self.tensors[name]) for name in names}
 
 
 def read_checkpoint(directory: Path, limits: Limits = DEFAULT_LIMITS) -> Checkpoint:
@@ -53,7 +55,8 @@ def read_checkpoint(directory: Path, limits: Limits = DEFAULT_LIMITS) -> Checkpo
             tensors = read_header(file, limits)
             for name, info in tensors.items():
                 _check_finite(file, name, info)
-    return Checkpoint(directory, config, tensors)
+    weights_bytes = max((info.end for info in tensors.values()), default=0)
+    return Checkpoint(directory, config, tensors, weights_bytes)
 
 
 def _read_tensor(file: FileIO, name: str, info: TensorInfo) -> torch.Tensor:

@@ -49,6 +49,10 @@ class Plan:
         """True if no row has an adapter, so that every edit may be skipped."""
         return self.edited == 0
 
+    def rows_of(self, slot: int) -> npt.NDArray[np.int64]:
+        """The slot's rows, ascending, on the host."""
+        return np.flatnonzero(self.host_words[_HEADER : _HEADER + self.rows] == slot)
+
 
 def make_plan(row_slots: npt.NDArray[np.int32], device: torch.device | str = "cpu") -> Plan:
     """Groups the rows of one step by their slot.

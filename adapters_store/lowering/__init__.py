@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Protocol
 
 from manylora.adapters_store.edits import LoweredAdapter, ModuleShape
 from manylora.adapters_store.files import CONFIG_FILE
@@ -13,36 +15,64 @@ from manylora.adapters_store.lowering import (
     beft,
     deft,
     delora,
+    glora,
     gralora,
     hra,
     ia3,
+    ln_tuning,
     loha,
     lokr,
     lora,
     miss,
+    prompts,
+    tinylora,
+    trained_tokens,
     vblora,
     vera,
 )
 from manylora.adapters_store.lowering.base_copies import BaseParameter
-from manylora.adapters_store.lowering.method import Family
+from manylora.adapters_store.lowering.heads import read_task, split_head
 from manylora.errors import FailedPrecondition, InvalidArgument
 
-__all__ = ["FAMILIES", "BaseParameter", "check_config", "lower", "peft_type"]
+__all__ = ["FAMILIES", "BaseParameter", "check_config", "lower", "peft_type", "read_task"]
+
+
+class Family(Protocol):
+    """One PEFT method; see `check_config` and `lower`."""
+
+    def check(self, checkpoint: Checkpoint, limits: Limits) -> int: ...
+
+    def lower(
+        self,
+        checkpoint: Checkpoint,
+        modules: Mapping[str, ModuleShape],
+        parameter: BaseParameter | None,
+    ) -> LoweredAdapter: ...
 
 
 FAMILIES: Mapping[str, Family] = {
     "ADALORA": adalora.FAMILY,
     "BEFT": beft.FAMILY,
+    "CARTRIDGE": prompts.CARTRIDGE,
+    "CPT": prompts.CPT,
     "DEFT": deft.FAMILY,
     "DELORA": delora.FAMILY,
+    "GLORA": glora.FAMILY,
     "GRALORA": gralora.FAMILY,
     "HRA": hra.FAMILY,
     "IA3": ia3.FAMILY,
+    "LN_TUNING": ln_tuning.FAMILY,
     "LOHA": loha.FAMILY,
     "LOKR": lokr.FAMILY,
-    "LORA": lora.FAMILY,
+    "LORA": trained_tokens.BesideLora(lora.FAMILY),
     "MISS": miss.FAMILY,
+    "MULTITASK_PROMPT_TUNING": prompts.MULTITASK_PROMPT_TUNING,
+    "PREFIX_TUNING": prompts.PREFIX_TUNING,
+    "PROMPT_TUNING": prompts.PROMPT_TUNING,
     "PVERA": vera.PVERA,
+    "P_TUNING": prompts.P_TUNING,
+    "TINYLORA": tinylora.FAMILY,
+    "TRAINABLE_TOKENS": trained_tokens.FAMILY,
     "VBLORA": vblora.FAMILY,
     "VERA": vera.FAMILY,
 }
@@ -71,7 +101,8 @@ def check_config(checkpoint: Checkpoint, limits: Limits) -> int:
     InvalidArgument for a checkpoint that contradicts itself, FailedPrecondition for one that is
     sound but not served; both name the key or tensor.
     """
-    return FAMILIES[peft_type(checkpoint)].check(checkpoint, limits)
+    rest, _ = split_head(checkpoint)
+    return FAMILIES[peft_type(checkpoint)].check(rest, limits)
 
 
 def lower(
@@ -81,9 +112,11 @@ def lower(
 ) -> LoweredAdapter:
     """Turns the adapter into edits of the base's modules, completely or not at all.
 
-    modules: every adaptable module of the base, by its name in the base's tree. parameter: the
-    base's own weights, for adapters that can only be judged or lowered beside them; without it
-    those are refused. Raises FailedPrecondition naming the tensor, its shape and the shape wanted
-    where the adapter does not fit, and what check_config raises.
+    modules: every adaptable module of the base, by its name in the tree of the adapter's task (see
+    `read_task`). parameter: the base's own weights, for adapters that can only be judged or lowered
+    beside them; without it those are refused. Raises FailedPrecondition naming the tensor, its
+    shape and the shape wanted where the adapter does not fit, and what check_config raises.
     """
-    return FAMILIES[peft_type(checkpoint)].lower(checkpoint, modules, parameter)
+    rest, head = split_head(checkpoint)
+    lowered = FAMILIES[peft_type(checkpoint)].lower(rest, modules, parameter)
+    return replace(lowered, head=head)

@@ -24,7 +24,7 @@ from manylora.errors import InvalidArgument
 _A, _B, _E = "lora_A", "lora_B", "lora_E"
 _SCHEDULE = ("target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight")
 _KEYS = KnownKeys(
-    understood=("init_r", "lora_alpha", "rank_pattern", "bias", *TARGET_KEYS),
+    understood=("init_r", "lora_alpha", "rank_pattern", "bias", *TARGET_KEYS, "modules_to_save"),
     harmless=("r", "init_lora_weights", "total_step", *_SCHEDULE, *lora.HARMLESS),
     off={
         **lora.OFF,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from manylora.adapters_store.edits import ModuleEdit
+from manylora.adapters_store.edits import ModuleEdit, ModuleKind
 from manylora.adapters_store.lowering.config_reader import ConfigReader, KnownKeys
 from manylora.adapters_store.lowering.method import Family, Shape, Shapes
 from manylora.adapters_store.lowering.patterns import Matcher
@@ -15,9 +15,9 @@ from manylora.adapters_store.lowering.tensors import Names
 
 _BIAS = "beft_bias"
 _KEYS = KnownKeys(
-    understood=("target_modules",),
+    understood=("target_modules", "modules_to_save"),
     harmless=("init_weights",),
-    off={"modules_to_save": (None, [])},
+    off={},
 )
 
 
@@ -39,4 +39,4 @@ def _read(reader: ConfigReader, shared: Shapes, max_rank: int) -> _Beft:  # noqa
     return _Beft(read_targets(reader, Matcher()))
 
 
-FAMILY = Family(_KEYS, Names((_BIAS,)), _read, conv1d=False)
+FAMILY = Family(_KEYS, Names((_BIAS,)), _read, kinds=(ModuleKind.LINEAR,))

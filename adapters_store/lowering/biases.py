@@ -1,7 +1,8 @@
 """Biases that were trained with the adapter (`bias`: "all", "lora_only" and their like).
 
-peft puts them in the place of the base's when it loads the adapter: the module's output changes by
-the difference. Paper: Ben Zaken et al. 2021, BitFit (arXiv:2106.10199).
+peft puts them in the place of the base's when it loads the adapter: a linear module's output
+changes by the difference, a norm gets a bias of its own. Paper: Ben Zaken et al. 2021, BitFit
+(arXiv:2106.10199).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Mapping, MutableMapping
 
 import torch
 
-from manylora.adapters_store.edits import ModuleEdit, ModuleShape
+from manylora.adapters_store.edits import ModuleEdit, ModuleKind, ModuleShape
 from manylora.adapters_store.files import CONFIG_FILE, WEIGHTS_FILE
 from manylora.adapters_store.format import Checkpoint
 from manylora.adapters_store.lowering.base_copies import BaseParameter, check_base_copies
@@ -47,8 +48,8 @@ def check_biases(
     modules: Mapping[str, ModuleShape],
     parameter: BaseParameter | None,
 ) -> None:
-    """Copies of the base's parameters are trained biases that fit linear modules, under the names
-    by which peft finds them, or else the base's own values.
+    """Copies of the base's parameters are trained biases that fit adaptable modules, under the
+    names by which peft finds them, or else the base's own values.
 
     Raises FailedPrecondition naming the tensor.
     """
@@ -82,7 +83,8 @@ def add_biases(
     modules: Mapping[str, ModuleShape],
     parameter: BaseParameter | None,
 ) -> None:
-    """Adds (trained bias - the base's) to the edit of each module that has one. Checked before."""
+    """Adds the trained biases to the edits, or (trained - the base's) to linear modules' edits.
+    Checked before."""
     if not trained or parameter is None:
         return
     biases = {
@@ -94,6 +96,9 @@ def add_biases(
     for module, tensor in biases.items():
         base = parameter(f"{module}{_BIAS}")
         assert base is not None
+        if modules[module].kind is ModuleKind.NORM:
+            edits[module] = ModuleEdit(own_bias=tensors[tensor].to(base.dtype))
+            continue
         change = tensors[tensor].to(base.dtype).double() - base.detach().cpu().double()
         edit = edits.setdefault(module, ModuleEdit())
         edit.bias = (change if edit.bias is None else edit.bias.double() + change).float()

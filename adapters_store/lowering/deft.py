@@ -24,9 +24,17 @@ from manylora.errors import FailedPrecondition
 
 _P, _R = "deft_P", "deft_R"
 _KEYS = KnownKeys(
-    understood=("r", "alpha", "decomposition_method", "para", "bias", *TARGET_KEYS),
+    understood=(
+        "r",
+        "alpha",
+        "decomposition_method",
+        "para",
+        "bias",
+        *TARGET_KEYS,
+        "modules_to_save",
+    ),
     harmless=("init_scale", "fan_in_fan_out", "deft_dropout", "init_weights"),
-    off={"modules_to_save": (None, [])},
+    off={},
 )
 
 

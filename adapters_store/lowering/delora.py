@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from manylora.adapters_store.edits import ModuleEdit
+from manylora.adapters_store.edits import ModuleEdit, ModuleKind
 from manylora.adapters_store.lowering.config_reader import ConfigReader, KnownKeys
 from manylora.adapters_store.lowering.low_rank import balanced
 from manylora.adapters_store.lowering.method import Family, Shape, Shapes
@@ -24,9 +24,9 @@ from manylora.adapters_store.lowering.tensors import Names
 
 _A, _B, _LAMBDA, _NORM = "delora_A", "delora_B", "delora_lambda", "delora_w_norm"
 _KEYS = KnownKeys(
-    understood=("r", "rank_pattern", "bias", *TARGET_KEYS),
+    understood=("r", "rank_pattern", "bias", *TARGET_KEYS, "modules_to_save"),
     harmless=("delora_lambda", "lambda_pattern", "module_dropout", "init_weights"),
-    off={"modules_to_save": (None, [])},
+    off={},
 )
 _LEAST_NORM = 1e-4
 
@@ -69,5 +69,5 @@ FAMILY = Family(
     Names((_A, _B, _LAMBDA, _NORM)),
     _read,
     learned_biases="delora_only",
-    conv1d=False,
+    kinds=(ModuleKind.LINEAR,),
 )

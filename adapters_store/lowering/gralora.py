@@ -32,9 +32,10 @@ _KEYS = KnownKeys(
         "gralora_k",
         "bias",
         *(key for key in TARGET_KEYS if key != "exclude_modules"),
+        "modules_to_save",
     ),
     harmless=("gralora_dropout", "fan_in_fan_out", "init_weights"),
-    off={"modules_to_save": (None, [])},
+    off={},
 )
 
 

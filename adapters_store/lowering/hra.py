@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from manylora.adapters_store.edits import ModuleEdit
+from manylora.adapters_store.edits import ModuleEdit, ModuleKind
 from manylora.adapters_store.files import WEIGHTS_FILE
 from manylora.adapters_store.lowering.config_reader import ConfigReader, KnownKeys
 from manylora.adapters_store.lowering.low_rank import balanced
@@ -25,9 +25,9 @@ from manylora.errors import FailedPrecondition
 
 _U = "hra_u"
 _KEYS = KnownKeys(
-    understood=("r", "apply_GS", "bias", *TARGET_KEYS),
+    understood=("r", "apply_GS", "bias", *TARGET_KEYS, "modules_to_save"),
     harmless=("init_weights",),
-    off={"modules_to_save": (None, [])},
+    off={},
 )
 
 
@@ -81,4 +81,4 @@ def _read(reader: ConfigReader, shared: Shapes, max_rank: int) -> _Hra:  # noqa:
     )
 
 
-FAMILY = Family(_KEYS, Names((_U,)), _read, learned_biases="hra_only", conv1d=False)
+FAMILY = Family(_KEYS, Names((_U,)), _read, learned_biases="hra_only", kinds=(ModuleKind.LINEAR,))

@@ -20,9 +20,9 @@ from manylora.errors import InvalidArgument
 
 _VECTOR = "ia3_l"
 _KEYS = KnownKeys(
-    understood=("target_modules", "exclude_modules", "feedforward_modules"),
+    understood=("target_modules", "exclude_modules", "feedforward_modules", "modules_to_save"),
     harmless=("fan_in_fan_out", "init_ia3_weights"),
-    off={"modules_to_save": (None, [])},
+    off={},
 )
 
 

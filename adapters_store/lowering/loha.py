@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from manylora.adapters_store.edits import ModuleEdit
+from manylora.adapters_store.edits import ModuleEdit, ModuleKind
 from manylora.adapters_store.lowering.config_reader import ConfigReader, KnownKeys
 from manylora.adapters_store.lowering.low_rank import balanced
 from manylora.adapters_store.lowering.method import Family, Shape, Shapes
@@ -22,9 +22,9 @@ from manylora.adapters_store.lowering.tensors import Names
 
 _PARTS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 _KEYS = KnownKeys(
-    understood=("r", "alpha", "rank_pattern", "alpha_pattern", *TARGET_KEYS),
+    understood=("r", "alpha", "rank_pattern", "alpha_pattern", *TARGET_KEYS, "modules_to_save"),
     harmless=("rank_dropout", "module_dropout", "use_effective_conv2d", "init_weights"),
-    off={"modules_to_save": (None, [])},
+    off={},
 )
 
 
@@ -61,4 +61,4 @@ def _read(reader: ConfigReader, shared: Shapes, max_rank: int) -> _LoHa:  # noqa
     )
 
 
-FAMILY = Family(_KEYS, Names(_PARTS), _read, conv1d=False)
+FAMILY = Family(_KEYS, Names(_PARTS), _read, kinds=(ModuleKind.LINEAR,))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from manylora.adapters_store.edits import ModuleEdit
+from manylora.adapters_store.edits import ModuleEdit, ModuleKind
 from manylora.adapters_store.lowering.config_reader import ConfigReader, KnownKeys
 from manylora.adapters_store.lowering.low_rank import balanced
 from manylora.adapters_store.lowering.method import Family, Shape, Shapes
@@ -32,6 +32,7 @@ _KEYS = KnownKeys(
         "decompose_both",
         "decompose_factor",
         *TARGET_KEYS,
+        "modules_to_save",
     ),
     harmless=(
         "rank_dropout",
@@ -40,7 +41,7 @@ _KEYS = KnownKeys(
         "use_effective_conv2d",
         "init_weights",
     ),
-    off={"modules_to_save": (None, [])},
+    off={},
 )
 
 
@@ -131,5 +132,5 @@ FAMILY = Family(
     _KEYS,
     Names(tuple(f"{word}{side}" for word in _WORDS for side in ("", "_a", "_b"))),
     _read,
-    conv1d=False,
+    kinds=(ModuleKind.LINEAR,),
 )

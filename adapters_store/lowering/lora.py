@@ -14,7 +14,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from manylora.adapters_store.edits import ModuleEdit
+from manylora.adapters_store.edits import ModuleEdit, ModuleKind
+from manylora.adapters_store.files import WEIGHTS_FILE
 from manylora.adapters_store.lowering.config_reader import ConfigReader, KnownKeys
 from manylora.adapters_store.lowering.dora import rescaled
 from manylora.adapters_store.lowering.initial import Init, minus_initial, read_init
@@ -27,15 +28,15 @@ from manylora.adapters_store.lowering.tensors import Names
 from manylora.errors import FailedPrecondition
 
 A, B, B_BIAS, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector"
+EMBEDDING_A, EMBEDDING_B = "lora_embedding_A", "lora_embedding_B"
 
 OFF: Mapping[str, Sequence[object]] = {
     "use_qalora": (False, None),
     "ensure_weight_tying": (False, None),
-    "modules_to_save": (None, []),
     "layer_replication": (None, []),
     "target_parameters": (None, []),
     "megatron_config": (None, {}),
-    "trainable_token_indices": (None,),
+    "trainable_token_indices": (None,),  # LoRA's own are read by `trained_tokens`
     "alora_invocation_tokens": (None,),
     "velora_config": (None,),
     "monteclora_config": (None,),
@@ -66,6 +67,7 @@ KEYS = KnownKeys(
         "lora_bias",
         "bias",
         *TARGET_KEYS,
+        "modules_to_save",
     ),
     harmless=(*HARMLESS, "merge_weights"),  # the latter in peft 0.1
     off=OFF,
@@ -82,18 +84,19 @@ class Lora:
     output_bias: bool
     targets: Targets
 
-    def shapes(self, module: str, sizes: Sizes, found: Shapes) -> Mapping[str, Shape]:  # noqa: ARG002
+    def shapes(self, module: str, sizes: Sizes, found: Shapes) -> Mapping[str, Shape]:
         rank = self.ranks.of(module)
-        shapes: dict[str, Shape] = {A: (rank, sizes.inputs), B: (sizes.outputs, rank)}
+        a, b = (EMBEDDING_A, EMBEDDING_B) if EMBEDDING_A in found else (A, B)
+        shapes: dict[str, Shape] = {a: (rank, sizes.inputs), b: (sizes.outputs, rank)}
         if self.output_bias:
             shapes[B_BIAS] = (sizes.outputs,)
         if self.dora:
             shapes[MAGNITUDE] = (sizes.outputs,)
         return shapes
 
-    def rank(self, module: str, shapes: Shapes) -> int:  # noqa: ARG002
+    def rank(self, module: str, shapes: Shapes) -> int:
         rank = self.ranks.of(module)
-        return rank if self.init is Init.PLAIN else 2 * rank
+        return rank if self.init is Init.PLAIN or EMBEDDING_A in shapes else 2 * rank
 
     def edits(self, places: Sequence[Place]) -> Mapping[str, ModuleEdit]:
         return {place.name: self._edit(place) for place in places}
@@ -101,13 +104,23 @@ class Lora:
     def _edit(self, place: Place) -> ModuleEdit:
         rank = self.ranks.of(place.name)
         scale = self.alphas.of(place.name) / (math.sqrt(rank) if self.rank_stabilised else rank)
-        edit = ModuleEdit(a=place.tensors[A], b=place.tensors[B], scale=scale)
-        if self.init is not Init.PLAIN:
+        on_gather = place.shape.kind is ModuleKind.EMBEDDING
+        if on_gather != (EMBEDDING_A in place.tensors):
+            raise FailedPrecondition(
+                "the tensors are those of another kind of module",
+                field=f"{WEIGHTS_FILE}: {place.name}",
+                found=", ".join(place.tensors),
+                wanted=f"those of a module of kind {place.shape.kind.value}",
+            )
+        a, b = (EMBEDDING_A, EMBEDDING_B) if on_gather else (A, B)
+        edit = ModuleEdit(a=place.tensors[a], b=place.tensors[b], scale=scale)
+        if self.init is not Init.PLAIN and not on_gather:
             edit = minus_initial(edit, self.init, place)
         if self.output_bias:
             edit.bias = (scale * place.double(B_BIAS)).float()
         if self.dora:
             edit = rescaled(edit, place, place.double(MAGNITUDE))
+        edit.on_gather = on_gather
         return edit
 
 
@@ -129,4 +142,10 @@ def _read(reader: ConfigReader, shared: Shapes, max_rank: int) -> Lora:  # noqa:
     )
 
 
-FAMILY = Family(KEYS, Names((A, B, B_BIAS, MAGNITUDE)), _read, learned_biases="lora_only")
+FAMILY = Family(
+    KEYS,
+    Names((A, B, B_BIAS, MAGNITUDE, EMBEDDING_A, EMBEDDING_B)),
+    _read,
+    learned_biases="lora_only",
+    kinds=(ModuleKind.LINEAR, ModuleKind.CONV1D, ModuleKind.EMBEDDING),
+)

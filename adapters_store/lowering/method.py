@@ -1,4 +1,4 @@
-"""What all PEFT methods that edit linear modules share: tensors in, edits out, nothing left over.
+"""What all PEFT methods that edit modules share: tensors in, edits out, nothing left over.
 
 A family (one file beside this one) says which keys and tensors it knows, which shapes they have,
 and what one module's tensors mean. Here it is seen to that every tensor of the file is used,
@@ -8,7 +8,7 @@ every targeted module of the base has its tensors, and all shapes fit.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeAlias
 
 from manylora.adapters_store.edits import LoweredAdapter, ModuleEdit, ModuleKind, ModuleShape
@@ -19,6 +19,11 @@ from manylora.adapters_store.lowering.base_copies import BaseParameter
 from manylora.adapters_store.lowering.biases import add_biases, check_biases, read_trained
 from manylora.adapters_store.lowering.config_reader import ConfigReader, KnownKeys
 from manylora.adapters_store.lowering.place import Place, Sizes
+from manylora.adapters_store.lowering.saved_modules import (
+    SavedModules,
+    read_saved,
+    saved_edits,
+)
 from manylora.adapters_store.lowering.targets import Targets
 from manylora.adapters_store.lowering.tensors import PREFIX, FileParts, Names, read_parts
 from manylora.errors import FailedPrecondition, InvalidArgument
@@ -53,18 +58,18 @@ class Family:
     read: the config, and the shapes of the shared tensors in the file, to a method; the last
     argument bounds the ranks that the config names. learned_biases: the word that stands for
     'biases of the adapted modules' in its config's `bias`, "" where it has no such option.
-    conv1d: whether peft has it for Conv1D.
+    kinds: of modules that peft has it for.
     """
 
     keys: KnownKeys
     names: Names
     read: Callable[[ConfigReader, Shapes, int], Method]
     learned_biases: str = ""
-    conv1d: bool = True
+    kinds: Sequence[ModuleKind] = (ModuleKind.LINEAR, ModuleKind.CONV1D)
 
     def check(self, checkpoint: Checkpoint, limits: Limits) -> int:
         """Checks all that can be checked without a base; returns the largest rank."""
-        method, parts = self._read(checkpoint, limits.max_rank)
+        method, _, parts = self._read(checkpoint, limits.max_rank)
         ranks = {
             module: method.rank(module, _shapes(checkpoint, tensors))
             for module, tensors in parts.modules.items()
@@ -85,33 +90,38 @@ class Family:
         modules: Mapping[str, ModuleShape],
         parameter: BaseParameter | None,
     ) -> LoweredAdapter:
-        """One edit for each targeted module."""
-        method, parts = self._read(checkpoint, _ANY_RANK)
+        """One edit for each targeted module, and for each that was saved whole."""
+        method, saved, parts = self._read(checkpoint, _ANY_RANK)
         for module, tensors in parts.modules.items():
             self._check_fit(checkpoint, method, modules, module, tensors)
-        _check_complete(method, parts, modules)
+        _check_complete(method, saved, parts, modules)
+        edits, rest = saved_edits(checkpoint, saved, parts.copies, modules, parameter)
+        parts = replace(parts, copies=rest)
         trained = read_trained(ConfigReader(checkpoint.config), self.learned_biases)
         check_biases(checkpoint, parts, trained, modules, parameter)
         places = _places(checkpoint, parts, modules, parameter, method)
-        edits = dict(method.edits(places))
+        edits = {**edits, **method.edits(places)}
         add_biases(checkpoint, parts, trained, edits, modules, parameter)
-        return LoweredAdapter(edits)
+        return LoweredAdapter(edits=edits)
 
-    def _read(self, checkpoint: Checkpoint, max_rank: int) -> tuple[Method, FileParts]:
+    def _read(
+        self, checkpoint: Checkpoint, max_rank: int
+    ) -> tuple[Method, SavedModules, FileParts]:
         reader = ConfigReader(checkpoint.config)
         reader.check_keys(self.keys)
         read_trained(reader, self.learned_biases)
         parts = read_parts(checkpoint, self.names)
         method = self.read(reader, _shapes(checkpoint, parts.shared), max_rank)
+        saved = read_saved(reader)
         for module, tensors in parts.modules.items():
-            if not method.targets.match(module):
+            if saved.excludes(module) or not method.targets.match(module):
                 raise InvalidArgument(
                     "the config does not target this module, so peft would leave the tensor out",
                     field=f"{WEIGHTS_FILE}: {next(iter(tensors.values()))}",
                     wanted=f"a tensor of a module in {CONFIG_FILE}: target_modules",
                 )
             _check_parts(checkpoint, method, module, tensors, Sizes())
-        return method, parts
+        return method, saved, parts
 
     def _check_fit(
         self,
@@ -130,13 +140,12 @@ class Family:
                 found=module,
                 wanted=f"a module of the base, as {next(iter(modules), 'none')}",
             )
-        if shape.kind is ModuleKind.EMBEDDING:
+        if shape.kind not in self.kinds:
             raise FailedPrecondition(
-                "the module is an embedding", field=field, wanted="Linear or Conv1D"
-            )
-        if shape.kind is ModuleKind.CONV1D and not self.conv1d:
-            raise FailedPrecondition(
-                "peft does not have this method for Conv1D", field=field, wanted="Linear"
+                "peft does not have this method for modules of this kind, or it is not served",
+                field=field,
+                found=shape.kind.value,
+                wanted=" or ".join(kind.value for kind in self.kinds),
             )
         _check_parts(checkpoint, method, module, tensors, Sizes(shape.in_size, shape.out_size))
 
@@ -172,10 +181,14 @@ def _check_parts(
             )
 
 
-def _check_complete(method: Method, parts: FileParts, modules: Mapping[str, ModuleShape]) -> None:
+def _check_complete(
+    method: Method, saved: SavedModules, parts: FileParts, modules: Mapping[str, ModuleShape]
+) -> None:
     """Every module of the base that the config targets has its tensors."""
     for module, shape in modules.items():
-        if module not in parts.modules and method.targets.match(module, shape.kind):
+        if module in parts.modules or saved.excludes(module):
+            continue
+        if method.targets.match(module, shape.kind):
             wanted = method.shapes(module, Sizes(shape.in_size, shape.out_size), {})
             part = next(iter(wanted), "")
             raise FailedPrecondition(
@@ -193,6 +206,7 @@ def _places(
     parameter: BaseParameter | None,
     method: Method,
 ) -> list[Place]:
+    """In the order of the base's tree."""
     names = [t for tensors in parts.modules.values() for t in tensors.values()]
     loaded = checkpoint.load([*names, *parts.shared.values()])
     shared = {part: loaded[tensor] for part, tensor in parts.shared.items()}
@@ -200,12 +214,13 @@ def _places(
         Place(
             name=module,
             shape=modules[module],
-            tensors={part: loaded[tensor] for part, tensor in tensors.items()},
+            tensors={part: loaded[tensor] for part, tensor in parts.modules[module].items()},
             shared=shared,
             parameter=parameter,
-            rank=method.rank(module, _shapes(checkpoint, tensors)),
+            rank=method.rank(module, _shapes(checkpoint, parts.modules[module])),
         )
-        for module, tensors in parts.modules.items()
+        for module in modules
+        if module in parts.modules
     ]
 
 

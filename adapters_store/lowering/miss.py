@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from manylora.adapters_store.edits import ModuleEdit
+from manylora.adapters_store.edits import ModuleEdit, ModuleKind
 from manylora.adapters_store.lowering.config_reader import ConfigReader, KnownKeys
 from manylora.adapters_store.lowering.low_rank import balanced
 from manylora.adapters_store.lowering.method import Family, Shape, Shapes
@@ -24,9 +24,9 @@ from manylora.errors import FailedPrecondition
 
 _BLOCK = "miss_block"
 _KEYS = KnownKeys(
-    understood=("r", "mini_r", "init_weights", "bias", *TARGET_KEYS),
+    understood=("r", "mini_r", "init_weights", "bias", *TARGET_KEYS, "modules_to_save"),
     harmless=("miss_dropout",),
-    off={"modules_to_save": (None, [])},
+    off={},
 )
 
 
@@ -69,4 +69,6 @@ def _read(reader: ConfigReader, shared: Shapes, max_rank: int) -> _Miss:  # noqa
     )
 
 
-FAMILY = Family(_KEYS, Names((_BLOCK,)), _read, learned_biases="miss_only", conv1d=False)
+FAMILY = Family(
+    _KEYS, Names((_BLOCK,)), _read, learned_biases="miss_only", kinds=(ModuleKind.LINEAR,)
+)

@@ -37,12 +37,16 @@ class Place:
     def double(self, part: str) -> torch.Tensor:
         return self.tensors[part].double()
 
+    def own(self, leaf: str) -> torch.Tensor | None:
+        """The base's own parameter of the module, wherever it lies; None if it has none."""
+        return None if self.parameter is None else self.parameter(f"{self.name}.{leaf}")
+
     def weight(self) -> torch.Tensor:
         """The base's own weight, [out, in], float32 on the host; not to be changed.
 
         Raises FailedPrecondition if the base was not given, or has its weight in another form.
         """
-        weight = None if self.parameter is None else self.parameter(f"{self.name}.weight")
+        weight = self.own("weight")
         if weight is None or not weight.is_floating_point():
             raise FailedPrecondition(
                 "this method needs the base's own weight",
@@ -51,7 +55,8 @@ class Place:
                 wanted="a base in float32, float16 or bfloat16",
             )
         own = weight.detach().cpu().float()
-        return own.T if self.shape.kind is ModuleKind.CONV1D else own
+        lies_across = self.shape.kind in (ModuleKind.CONV1D, ModuleKind.EMBEDDING)
+        return own.T if lies_across else own
 
     def row_blocks(self) -> Iterator[tuple[slice, torch.Tensor]]:
         """`weight` in float64, some rows at a time: the whole of a head's takes gigabytes."""
@@ -62,5 +67,5 @@ class Place:
 
     def bias(self) -> torch.Tensor | None:
         """The base's own bias, [out], float64 on the host; None if the module has none."""
-        bias = None if self.parameter is None else self.parameter(f"{self.name}.bias")
+        bias = self.own("bias")
         return None if bias is None else bias.detach().cpu().double()

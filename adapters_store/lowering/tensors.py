@@ -28,11 +28,12 @@ class Names:
     """What one method calls its tensors.
 
     parts: of a module, as "lora_A.weight"; the adapter's name may stand after the first word.
-    shared: of the whole adapter.
+    shared: of the whole adapter. numbered: lists of such, "v" for v.0, v.1 …
     """
 
     parts: Collection[str]
     shared: Collection[str] = ()
+    numbered: Collection[str] = ()
 
 
 @dataclass(slots=True, frozen=True)
@@ -60,6 +61,10 @@ def read_parts(checkpoint: Checkpoint, names: Names) -> FileParts:
     """
     part_pattern = re.compile(rf"(?P<module>.+)\.(?:{_any_of(names.parts)})")
     shared_pattern = re.compile(rf"(?:{_any_of(names.shared)})")
+    numbered_pattern = re.compile(
+        rf"(?P<part>{'|'.join(map(re.escape, names.numbered))})"
+        r"(?:\.(?P<adapter>[^.]+))?\.(?P<index>\d+)"
+    )
     modules: dict[str, dict[str, str]] = {}
     shared: dict[str, str] = {}
     copies: dict[str, Copy] = {}
@@ -69,6 +74,11 @@ def read_parts(checkpoint: Checkpoint, names: Names) -> FileParts:
         if names.shared and (match := shared_pattern.fullmatch(name.removeprefix(_SHARED_PREFIX))):
             part, adapter = _part_and_adapter(match, names.shared)
             _put(shared, part, tensor)
+        elif names.numbered and (
+            match := numbered_pattern.fullmatch(name.removeprefix(_SHARED_PREFIX))
+        ):
+            adapter = match["adapter"]
+            _put(shared, f"{match['part']}.{match['index']}", tensor)
         elif match := part_pattern.fullmatch(name):
             part, adapter = _part_and_adapter(match, names.parts)
             _put(modules.setdefault(match["module"], {}), part, tensor)
@@ -111,7 +121,7 @@ def _copied_parameter(tensor: str, name: str, names: Names) -> tuple[str, bool]:
     """The base's parameter that the tensor copies: peft adds the weights of a targeted lm_head,
     and trained biases. And whether it is named as the parameter of an adapted module."""
     match = _COPY.fullmatch(name)
-    words = {part.partition(".")[0] for part in (*names.parts, *names.shared)}
+    words = {part.partition(".")[0] for part in (*names.parts, *names.shared, *names.numbered)}
     if match is None or _METHOD_TENSOR.search(name) or words & set(name.split(".")):
         raise FailedPrecondition(
             "tensors of this kind are not served",

@@ -25,9 +25,17 @@ from manylora.errors import FailedPrecondition, InvalidArgument
 
 _A, _B, _BANK = "vblora_logits_A", "vblora_logits_B", "vblora_vector_bank"
 _KEYS = KnownKeys(
-    understood=("r", "num_vectors", "vector_length", "topk", "bias", *TARGET_KEYS),
+    understood=(
+        "r",
+        "num_vectors",
+        "vector_length",
+        "topk",
+        "bias",
+        *TARGET_KEYS,
+        "modules_to_save",
+    ),
     harmless=("vblora_dropout", "fan_in_fan_out", "init_vector_bank_bound", "init_logits_std"),
-    off={"modules_to_save": (None, []), "save_only_topk_weights": (False, None)},
+    off={"save_only_topk_weights": (False, None)},
 )
 
 

@@ -118,7 +118,14 @@ def _read(word: str, reader: ConfigReader, shared: Shapes, max_rank: int) -> _Ve
 
 def _family(word: str) -> Family:
     keys = KnownKeys(
-        understood=("r", "projection_prng_key", "save_projection", "bias", *_VERA_TARGETS),
+        understood=(
+            "r",
+            "projection_prng_key",
+            "save_projection",
+            "bias",
+            *_VERA_TARGETS,
+            "modules_to_save",
+        ),
         harmless=(
             "fan_in_fan_out",
             "d_initial",
@@ -126,7 +133,6 @@ def _family(word: str) -> Family:
             *((f"{word}_dropout",) if word == "vera" else (f"{word}_dropout", "generator_seed")),
         ),
         off={
-            "modules_to_save": (None, []),
             **({} if word == "vera" else {"sample_at_inference": (False, None)}),
         },
     )

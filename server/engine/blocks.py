@@ -8,6 +8,7 @@ hash: a collision would show one customer's cache to another.
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ class BlockList:
     parent: Parent
     blocks: list[int] = field(default_factory=list)
     registered: int = 0  # leading blocks that the prefix cache knows
+    shared: int = sys.maxsize  # leading tokens whose full blocks may be shared
 
 
 class BlockManager:
@@ -32,7 +34,8 @@ class BlockManager:
     Args:
         total: blocks there are.
         block_size: positions in a block.
-        prefix_cache: keep full blocks findable after their sequence has ended.
+        prefix_cache: share prompts' and answers' full blocks, and keep them findable after their
+            sequence has ended; without, only those of the adapters' own tokens.
     """
 
     def __init__(self, total: int, block_size: int, *, prefix_cache: bool = True) -> None:
@@ -54,19 +57,22 @@ class BlockManager:
     def blocks_for(self, positions: int) -> int:
         return -(-positions // self.block_size)
 
-    def start(self, digest: str, tokens: Seq[int]) -> tuple[BlockList, int]:
+    def start(self, digest: str, tokens: Seq[int], own: int = 0) -> tuple[BlockList, int]:
         """A new sequence's blocks: the longest cached prefix of `tokens`, short of the last
-        token (its logits are wanted). Returns the list and the number of tokens it covers."""
-        blocks = BlockList(parent=digest)
-        if self._prefix_cache:
-            for end in range(self.block_size, len(tokens), self.block_size):
-                key = (blocks.parent, tuple(tokens[end - self.block_size : end]))
-                block = self._block_of.get(key)
-                if block is None:
-                    break
-                self._take(block)
-                blocks.blocks.append(block)
-                blocks.parent = self._node_of[block]
+        token (its logits are wanted). Returns the list and the number of tokens it covers.
+
+        own: how many leading tokens are the adapter's own.
+        """
+        blocks = BlockList(digest, shared=sys.maxsize if self._prefix_cache else own)
+        last = min(len(tokens) - 1, blocks.shared)
+        for end in range(self.block_size, last + 1, self.block_size):
+            key = (blocks.parent, tuple(tokens[end - self.block_size : end]))
+            block = self._block_of.get(key)
+            if block is None:
+                break
+            self._take(block)
+            blocks.blocks.append(block)
+            blocks.parent = self._node_of[block]
         blocks.registered = len(blocks.blocks)
         return blocks, blocks.registered * self.block_size
 
@@ -82,10 +88,8 @@ class BlockManager:
     def register(self, blocks: BlockList, tokens: Seq[int], computed: int) -> None:
         """Tells the prefix cache of the blocks that are now full: `computed` of `tokens` are in
         the cache."""
-        if not self._prefix_cache:
-            return
         size = self.block_size
-        for i in range(blocks.registered, computed // size):
+        for i in range(blocks.registered, min(computed, blocks.shared) // size):
             key = (blocks.parent, tuple(tokens[i * size : (i + 1) * size]))
             twin = self._block_of.get(key)
             if twin is None:

@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import assert_never
 
@@ -16,10 +17,12 @@ import torch
 
 from manylora import kernels
 from manylora.adapters_store.format import read_checkpoint
-from manylora.adapters_store.lowering import lower
+from manylora.adapters_store.head import Head
 from manylora.errors import DeadlineExceeded, FailedPrecondition, ManyloraError, Unavailable
 from manylora.kernels import cpu
 from manylora.server.engine.blocks import BlockManager
+from manylora.server.engine.encoder_runner import run_encoder_step
+from manylora.server.engine.encoder_scheduler import EncoderScheduler
 from manylora.server.engine.mailbox import (
     Cancel,
     EndEvent,
@@ -30,6 +33,7 @@ from manylora.server.engine.mailbox import (
     Loaded,
     Mailbox,
     Message,
+    PooledEvent,
     ResidencyEvent,
     Stop,
     Submit,
@@ -38,9 +42,11 @@ from manylora.server.engine.mailbox import (
     answer,
     refuse,
 )
-from manylora.server.engine.model import AdaptedModel, load_model
+from manylora.server.engine.model import AdaptedModel, EncoderModel, load_base
 from manylora.server.engine.packing import PackedAdapter, pack
 from manylora.server.engine.pool import Pool
+from manylora.server.engine.pooling import check_task, describe, pool_rows, rows_wanted
+from manylora.server.engine.prefix import check_prefix, write_prefix
 from manylora.server.engine.residency import ResidencyManager
 from manylora.server.engine.runner import run_step
 from manylora.server.engine.sampler import Sample, sample
@@ -48,6 +54,7 @@ from manylora.server.engine.scheduler import Chunk, Scheduler
 from manylora.server.engine.sequence import Sequence
 from manylora.server.engine.settings import EngineSettings
 from manylora.server.engine.types import (
+    AdapterKey,
     EngineStats,
     FinishReason,
     Observer,
@@ -80,7 +87,7 @@ class Engine:
     ) -> None:
         self.device = torch.device(_device(settings.device))
         self.kernels = _kernels(self.device, settings.kernels)
-        self.model: AdaptedModel = load_model(
+        self.model: AdaptedModel | EncoderModel = load_base(
             settings.model, settings.dtype, self.device, self.kernels
         )
         self._settings = settings
@@ -97,25 +104,22 @@ class Engine:
         self._residency = ResidencyManager(
             self._pool,
             table,
+            self.model.step.overrides,
             self._load_packed,
             self._mailbox.put,
             self._notify,
             threads=settings.loader_threads,
         )
-        self._blocks = BlockManager(
-            self._allocate_cache(), settings.block_size, prefix_cache=settings.prefix_cache
-        )
         self.max_context = min(
-            settings.max_context or self.model.max_context,
-            self.model.max_context,
-            self._blocks.total * settings.block_size,
+            settings.max_context or self.model.max_context, self.model.max_context
         )
-        self._scheduler = Scheduler(
-            self._blocks,
-            self._residency,
-            max_batch_tokens=settings.max_batch_tokens,
-            max_sequences=settings.max_sequences,
-        )
+        if isinstance(self.model, AdaptedModel):
+            blocks = self._allocate_cache(self.model)
+            self.max_context = min(self.max_context, blocks * settings.block_size)
+        else:
+            blocks = 0
+        self._blocks = BlockManager(blocks, settings.block_size, prefix_cache=settings.prefix_cache)
+        self._scheduler = self._make_scheduler()
         self.model.bind(self._pool.tensor, table)
         self.stats = self._snapshot()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -139,7 +143,8 @@ class Engine:
         Raises InvalidArgument or FailedPrecondition if it is broken, not served or does not fit
         the base.
         """
-        lowered = lower(read_checkpoint(path), self.model.modules, self.model.parameter)
+        lowered = self.model.lower(read_checkpoint(path))
+        check_prefix(lowered, self.model, self.max_context)
         return pack(lowered, self._module_ids, self.kernels, self.model.dtype)
 
     # -- the thread ----------------------------------------------------------------------------
@@ -199,15 +204,18 @@ class Engine:
             return bool(failed)
         try:
             with torch.inference_mode():
-                logits = run_step(self.model, chunks, self._settings.block_size, self.device)
+                logits = self._run_model(chunks)
                 sampled = [chunk for chunk in chunks if chunk.samples]
                 samples = sample(logits, [chunk.sequence for chunk in sampled])
+                pooled = pool_rows(self.model, chunks, self._head)
         except Exception:
             logger.exception("a step failed; its requests are ended")
             for chunk in chunks:
                 self._fail(chunk.sequence, ManyloraError("the step failed"))
             return True
         self._take_in(chunks, sampled, samples)
+        for sequence, values in pooled:
+            self._take_in_pooled(sequence, values)
         self._observer.on_step(
             StepRecord(
                 seconds=time.monotonic() - start,
@@ -217,6 +225,13 @@ class Engine:
             )
         )
         return True
+
+    def _run_model(self, chunks: list[Chunk]) -> torch.Tensor:
+        """Logits of the chunks that sample; an encoder has none."""
+        if isinstance(self.model, AdaptedModel):
+            return run_step(self.model, chunks, self._settings.block_size, self.device)
+        run_encoder_step(self.model, chunks, self.device)
+        return torch.empty(0, self.model.vocab_size)
 
     def _take_in(
         self, chunks: list[Chunk], sampled: list[Chunk], samples: list[Sample | None]
@@ -243,6 +258,21 @@ class Engine:
             )
             if reason is not None:
                 self._finish(sequence, reason.value)
+
+    def _take_in_pooled(self, sequence: Sequence, values: torch.Tensor) -> None:
+        if not bool(values.isfinite().all()):
+            self._fail(
+                sequence,
+                FailedPrecondition(
+                    f"the values are not finite in {self.model.dtype}", field="adapter"
+                ),
+            )
+            return
+        head = self._head(sequence.request.adapter)
+        pooled = describe(sequence, values, self.model, head)
+        self._events.append(PooledEvent(sequence.request.id, pooled))
+        sequence.first_token = time.monotonic()
+        self._finish(sequence, "pooled")
 
     def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
         if token in sequence.stop_ids:
@@ -308,14 +338,46 @@ class Engine:
         self._events.append(ResidencyEvent(residency))
         self._observer.on_residency(residency)
 
+    def _head(self, key: AdapterKey | None) -> Head | None:
+        """Of a resident adapter, or the base's own."""
+        return self.model.tasks.head if key is None else self._residency.head(key)
+
+    def _check_task(self, sequence: Sequence) -> ManyloraError | None:
+        """Whether the request's adapter can do what it wants; and from which of its tokens on no
+        cached keys will do."""
+        error = check_task(sequence, self._head(sequence.request.adapter))
+        if error is None and sequence.request.pooling is not None:
+            sequence.askable = rows_wanted(sequence, self.model)[0].start + 1
+        return error
+
     def _load_packed(self, digest: str) -> PackedAdapter:
         return self.lower_and_pack(self._fetch(digest))
 
-    def _allocate_cache(self) -> int:
+    def _make_scheduler(self) -> Scheduler | EncoderScheduler:
+        settings = self._settings
+        if isinstance(self.model, EncoderModel):
+            return EncoderScheduler(
+                self._residency,
+                max_batch_tokens=settings.max_batch_tokens,
+                max_sequences=settings.max_sequences,
+                max_context=self.max_context,
+                check=self._check_task,
+            )
+        return Scheduler(
+            self._blocks,
+            self._residency,
+            max_batch_tokens=settings.max_batch_tokens,
+            max_sequences=settings.max_sequences,
+            max_context=self.max_context,
+            write_prefix=partial(write_prefix, self.model, settings.block_size),
+            check=self._check_task,
+        )
+
+    def _allocate_cache(self, model: AdaptedModel) -> int:
         """Makes the KV cache [blocks, kv_heads, block_size, head_dim] of each layer; returns the
         number of blocks."""
-        size, dtype = self._settings.block_size, self.model.dtype
-        layout = self.model.kv_layout
+        size, dtype = self._settings.block_size, model.dtype
+        layout = model.kv_layout
         block_bytes = sum(2 * heads * size * dim * dtype.itemsize for heads, dim in layout)
         total = self._settings.kv_cache_bytes // block_bytes
         if total < 1:
@@ -326,7 +388,7 @@ class Engine:
                 wanted=f"at least {block_bytes}",
             )
         shapes = [(total, heads, size, dim) for heads, dim in layout]
-        self.model.attach_cache(
+        model.attach_cache(
             [
                 (
                     torch.empty(shape, dtype=dtype, device=self.device),

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future
 from pathlib import Path
 
-from manylora.errors import InvalidArgument, ResourceExhausted, Unavailable
+from manylora.errors import FailedPrecondition, InvalidArgument, ResourceExhausted, Unavailable
 from manylora.kernels import Backend, cpu
 from manylora.server.engine import sampling_params
 from manylora.server.engine.detokenizer import Detokenizer, StopStrings
@@ -20,11 +20,14 @@ from manylora.server.engine.mailbox import (
     Event,
     Inspect,
     Load,
+    PooledEvent,
+    RequestEvent,
     ResidencyEvent,
     Submit,
     TokenEvent,
     Unload,
 )
+from manylora.server.engine.model import AdaptedModel
 from manylora.server.engine.settings import EngineSettings
 from manylora.server.engine.tokenizer import Tokenizer
 from manylora.server.engine.types import (
@@ -34,6 +37,7 @@ from manylora.server.engine.types import (
     FinishReason,
     ModelInfo,
     Observer,
+    Pooled,
     Request,
     Residency,
     Usage,
@@ -54,7 +58,7 @@ class AsyncEngine:
         self.tokenizer = Tokenizer(settings.model)
         self._engine = Engine(settings, fetch, self._deliver, observer)
         self._limit = settings.max_waiting + settings.max_sequences
-        self._streams: dict[str, asyncio.Queue[TokenEvent | ErrorEvent]] = {}
+        self._streams: dict[str, asyncio.Queue[RequestEvent]] = {}
         self._watchers: set[asyncio.Queue[Residency | None]] = set()  # None: no more events
         self._ended = asyncio.Event()
         self._idle = asyncio.Event()
@@ -70,6 +74,8 @@ class AsyncEngine:
             max_context=self._engine.max_context,
             vocab_size=model.vocab_size,
             modules=len(model.modules),
+            generates=isinstance(model, AdaptedModel),
+            tasks=tuple(task.value for task in model.tasks.views),
         )
 
     async def start(self) -> None:
@@ -105,10 +111,7 @@ class AsyncEngine:
             Unavailable: the server is stopping.
         """
         self._check(request)
-        self._engine.put(Submit(request))
-        queue: asyncio.Queue[TokenEvent | ErrorEvent] = asyncio.Queue()
-        self._streams[request.id] = queue
-        self._idle.clear()
+        queue = self._open(request)
         outcome = "cancelled"
         try:
             detokenizer = Detokenizer(self.tokenizer.decode, request.prompt)
@@ -122,6 +125,7 @@ class AsyncEngine:
                 for event in events:
                     if isinstance(event, ErrorEvent):
                         raise event.error
+                    assert isinstance(event, TokenEvent)
                     tokens += 1
                     if _extend(delta, event, detokenizer, stops, tokens):
                         outcome = delta.finish_reason.value if delta.finish_reason else outcome
@@ -130,22 +134,54 @@ class AsyncEngine:
                 if delta.finish_reason is not None:
                     return
         finally:
-            del self._streams[request.id]
-            if not self._streams:
-                self._idle.set()
-            with contextlib.suppress(Unavailable):
-                self._engine.put(Cancel(request.id, outcome))
+            self._leave(request, outcome)
+
+    async def pool(self, request: Request) -> Pooled:
+        """The classes or the embedding of a prompt. Cancelled, it frees what it holds within a
+        step. Raises what `stream` does, and FailedPrecondition where the adapter is not for
+        this."""
+        self._check(request)
+        queue = self._open(request)
+        try:
+            event = await queue.get()
+            if isinstance(event, ErrorEvent):
+                raise event.error
+            assert isinstance(event, PooledEvent)
+            return event.pooled
+        finally:
+            self._leave(request, "cancelled")
+
+    def _open(self, request: Request) -> asyncio.Queue[RequestEvent]:
+        """Hands the request to the engine; its events come by the queue."""
+        self._engine.put(Submit(request))
+        queue: asyncio.Queue[RequestEvent] = asyncio.Queue()
+        self._streams[request.id] = queue
+        self._idle.clear()
+        return queue
+
+    def _leave(self, request: Request, outcome: str) -> None:
+        """The caller wants no more of it; no news to the engine where it has ended."""
+        del self._streams[request.id]
+        if not self._streams:
+            self._idle.set()
+        with contextlib.suppress(Unavailable):
+            self._engine.put(Cancel(request.id, outcome))
 
     def _check(self, request: Request) -> None:
-        vocab, context = self.info.vocab_size, self.info.max_context
+        vocab = self.info.vocab_size
+        most = self.info.max_context - self.info.generates  # room for an answer
+        if request.pooling is None and not self.info.generates:
+            raise FailedPrecondition(
+                "the base model is an encoder, which continues no text", field="model"
+            )
         if not request.prompt:
             raise InvalidArgument("empty", field="prompt", wanted="at least one token")
-        if len(request.prompt) >= context:
+        if len(request.prompt) > most:
             raise InvalidArgument(
                 "longer than the context leaves room for",
                 field="prompt",
                 found=f"{len(request.prompt)} tokens",
-                wanted=f"at most {context - 1}",
+                wanted=f"at most {most}",
             )
         low, high = min(request.prompt), max(request.prompt)
         if low < 0 or high >= vocab:

@@ -13,6 +13,7 @@ from manylora.server.engine.packing import PackedAdapter
 from manylora.server.engine.types import (
     AdapterKey,
     FinishReason,
+    Pooled,
     Request,
     Residency,
     TokenLogprobs,
@@ -82,6 +83,14 @@ class TokenEvent:
 
 
 @dataclass(slots=True, frozen=True)
+class PooledEvent:
+    """A request that wants no tokens is done."""
+
+    request_id: str
+    pooled: Pooled
+
+
+@dataclass(slots=True, frozen=True)
 class ErrorEvent:
     """A request ended without a token."""
 
@@ -99,7 +108,8 @@ class EndEvent:
     """The engine's thread is ending: the last event there is."""
 
 
-Event = TokenEvent | ErrorEvent | ResidencyEvent | EndEvent
+RequestEvent = TokenEvent | PooledEvent | ErrorEvent
+Event = RequestEvent | ResidencyEvent | EndEvent
 
 
 def answer(done: Future[Result], result: Result) -> None:

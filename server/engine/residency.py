@@ -14,6 +14,7 @@ from enum import Enum
 
 import torch
 
+from manylora.adapters_store.head import Head
 from manylora.errors import (
     FailedPrecondition,
     ManyloraError,
@@ -23,8 +24,10 @@ from manylora.errors import (
 )
 from manylora.kernels import EditTable
 from manylora.server.engine.mailbox import Loaded, answer, refuse
+from manylora.server.engine.model.overrides import Overrides
 from manylora.server.engine.packing import PackedAdapter
 from manylora.server.engine.pool import Arena, Pool
+from manylora.server.engine.prefix import Prefix
 from manylora.server.engine.types import AdapterKey, Residency, ResidencyState
 
 MAX_STAGED = 4  # adapters on the host or on their way there, at once
@@ -57,6 +60,7 @@ class ResidencyManager:
 
     Args:
         pool, table: the device's; the table has a row for each slot.
+        overrides: written beside the table.
         load: digest → packed adapter; runs on a loader thread, raises ManyloraError.
         post: hands a `Loaded` to the engine's thread.
         notify: told of every change, on the engine's thread.
@@ -66,6 +70,7 @@ class ResidencyManager:
         self,
         pool: Pool,
         table: EditTable,
+        overrides: Overrides,
         load: Callable[[str], PackedAdapter],
         post: Callable[[Loaded], object],
         notify: Callable[[Residency], None],
@@ -74,6 +79,7 @@ class ResidencyManager:
     ) -> None:
         self._pool = pool
         self._table = table
+        self._overrides = overrides
         self._load_packed = load
         self._post = post
         self._notify = notify
@@ -117,6 +123,22 @@ class ResidencyManager:
     def lacks_room(self, key: AdapterKey | None) -> bool:
         """Whether an adapter has been loaded and waits for others to make room."""
         return key is not None and self._stage(key) is _Stage.STAGED
+
+    def prefix(self, key: AdapterKey | None) -> Prefix | None:
+        """What a resident adapter puts before its prompts."""
+        if key is None:
+            return None
+        entry = self._entries[key.digest]
+        assert entry.packed is not None and entry.arena is not None
+        packed = entry.packed.prefix
+        return None if packed is None else Prefix(packed, entry.arena)
+
+    def head(self, key: AdapterKey) -> Head | None:
+        """A resident adapter's head, as it lies in the pool now."""
+        entry = self._entries[key.digest]
+        assert entry.packed is not None and entry.arena is not None
+        packed = entry.packed.head
+        return None if packed is None else packed.view(self._pool.tensor, entry.arena.start)
 
     def acquire(self, digest: str) -> int:
         """The resident adapter's slot, in use until `release`."""
@@ -280,6 +302,7 @@ class ResidencyManager:
         self._table.write(
             entry.slot, packed.rank, packed.scale, packed.offsets_at(entry.arena.start)
         )
+        self._overrides.write(entry.slot, packed.overrides, self._pool.tensor, entry.arena.start)
 
     def _compact(self) -> None:
         self._pool.compact()
@@ -322,6 +345,7 @@ class ResidencyManager:
         assert entry.arena is not None
         self._pool.free(entry.arena)
         self._table.clear(entry.slot)
+        self._overrides.clear(entry.slot)
         self._free_slots.append(entry.slot)
         del self._entries[entry.key.digest]
         self._notify(Residency(entry.key, ResidencyState.EVICTED, bytes=self._bytes(entry)))

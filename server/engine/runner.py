@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 from manylora.kernels import make_plan
 from manylora.kernels.attention import make_batch, row_positions
 from manylora.server.engine.model import AdaptedModel, StepInputs
+from manylora.server.engine.prefix import Prefix, virtual_rows
 from manylora.server.engine.scheduler import Chunk
 
 
@@ -31,6 +33,9 @@ def step_inputs(chunks: Seq[Chunk], block_size: int, device: torch.device) -> St
         np.int64,
         count=int(counts.sum()),
     )
+    virtual = virtual_rows(_prefixes(chunks), device)
+    if virtual is not None:
+        tokens = np.maximum(tokens, 0)
     return StepInputs(
         token_ids=torch.from_numpy(tokens).to(device),
         positions=torch.from_numpy(row_positions(counts, context)).to(device),
@@ -38,7 +43,19 @@ def step_inputs(chunks: Seq[Chunk], block_size: int, device: torch.device) -> St
         head_plan=make_plan(slots[samples], device),
         attention=make_batch(counts, context, _block_table(chunks), block_size, device),
         sample_rows=torch.from_numpy((np.cumsum(counts, dtype=np.int64) - 1)[samples]).to(device),
+        virtual=virtual,
     )
+
+
+def _prefixes(chunks: Seq[Chunk]) -> Iterator[tuple[int, range, Prefix]]:
+    """The sequences that have virtual tokens among their rows."""
+    row = 0
+    for chunk in chunks:
+        sequence = chunk.sequence
+        if chunk.start < sequence.prefix_tokens and sequence.prefix is not None:
+            end = min(chunk.start + chunk.count, sequence.prefix_tokens)
+            yield row, range(chunk.start, end), sequence.prefix
+        row += chunk.count
 
 
 def _block_table(chunks: Seq[Chunk]) -> np.ndarray:

@@ -68,7 +68,8 @@ def _penalise(row: Tensor, sequence: Sequence) -> None:
     frequency penalties (OpenAI's API) over output. In place; row float32 [vocab]."""
     params = sequence.request.sampling
     if params.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted(set(sequence.tokens)), device=row.device)
+        tokens = sequence.tokens[sequence.prefix_tokens :]
+        seen = torch.tensor(sorted(set(tokens)), device=row.device)
         values = row[seen]
         factor = params.repetition_penalty
         row[seen] = torch.where(values > 0, values / factor, values * factor)

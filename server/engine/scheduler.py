@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from manylora.errors import ManyloraError
+from manylora.errors import InvalidArgument, ManyloraError
 from manylora.server.engine.blocks import BlockManager
+from manylora.server.engine.prefix import Prefix
 from manylora.server.engine.residency import ResidencyManager
-from manylora.server.engine.sequence import Sequence
+from manylora.server.engine.sequence import Gathered, Sequence
 
 MAX_OVERTAKES = 64  # younger requests admitted before one whose adapter waits for room
 
@@ -25,11 +27,27 @@ class Chunk:
     @property
     def samples(self) -> bool:
         """Whether the chunk reaches the sequence's end, so that a token is drawn after it."""
+        return self._ends and self.sequence.request.pooling is None
+
+    @property
+    def ends_pooled(self) -> bool:
+        """Whether the chunk completes a request that wants no tokens."""
+        return self._ends and self.sequence.request.pooling is not None
+
+    @property
+    def _ends(self) -> bool:
         return self.start + self.count == len(self.sequence.tokens)
 
 
 class Scheduler:
-    """Waiting and running sequences. Owned by the engine's thread."""
+    """Waiting and running sequences. Owned by the engine's thread.
+
+    Args:
+        max_context: tokens of a sequence, the adapter's own among them.
+        write_prefix: copies an adapter's keys and values, of its tokens from the one given on,
+            into a sequence's blocks.
+        check: why a sequence, whose adapter is resident now, cannot run on it; None if it can.
+    """
 
     def __init__(
         self,
@@ -38,11 +56,17 @@ class Scheduler:
         *,
         max_batch_tokens: int,
         max_sequences: int,
+        max_context: int,
+        write_prefix: Callable[[Prefix, list[int], int], None],
+        check: Callable[[Sequence], ManyloraError | None] = lambda _: None,
     ) -> None:
         self._blocks = blocks
         self._residency = residency
         self._max_batch_tokens = max_batch_tokens
         self._max_sequences = max_sequences
+        self._max_context = max_context
+        self._write_prefix = write_prefix
+        self._check = check
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # oldest admission first
 
@@ -124,6 +148,9 @@ class Scheduler:
                 if self._residency.lacks_room(sequence.request.adapter):
                     kept_out.append(sequence)
                 continue
+            if error := self._too_long(sequence) or self._check(sequence):
+                failed.append((self.waiting.popleft(), error))
+                continue
             if any(s.overtaken >= MAX_OVERTAKES for s in kept_out) or not self._start(sequence):
                 break
             self.waiting.popleft()
@@ -146,21 +173,48 @@ class Scheduler:
         self.waiting = deque(s for s in self.waiting if s.digest not in errors)
         return failed
 
+    def _too_long(self, sequence: Sequence) -> InvalidArgument | None:
+        """Once its adapter is resident: gives the sequence the adapter's own tokens, which only
+        now are known to leave the prompt too little room."""
+        sequence.prepend(self._residency.prefix(sequence.request.adapter))
+        if len(sequence.tokens) < self._max_context:
+            return None
+        return InvalidArgument(
+            "longer than the context leaves room for behind the adapter's own tokens",
+            field="prompt",
+            found=f"{sequence.prompt_tokens} tokens",
+            wanted=f"at most {self._max_context - 1 - sequence.prefix_tokens}",
+        )
+
     def _start(self, sequence: Sequence) -> bool:
         """Gives a waiting sequence its blocks and its slot if there is room for all its tokens
         and one more block for every running sequence."""
-        blocks, cached = self._blocks.start(sequence.digest, sequence.tokens)
+        askable = sequence.tokens[: sequence.askable]
+        blocks, cached = self._blocks.start(sequence.digest, askable, sequence.prefix_tokens)
         need = self._blocks.blocks_for(len(sequence.tokens) + 1) - len(blocks.blocks)
         reserve = min(len(self.running), self._blocks.free // 2) if self.running else 0
         if need + reserve > self._blocks.free:
             self._blocks.release(blocks)
             return False
         sequence.blocks = blocks
-        sequence.computed = cached
+        sequence.gathered = Gathered()
+        sequence.computed = self._behind_prefix(sequence, cached)
         if sequence.admitted is None:
             sequence.admitted = time.monotonic()
-            sequence.cached_tokens = cached
+            sequence.cached_tokens = max(0, cached - sequence.prefix_tokens)
         if sequence.request.adapter is not None:
             sequence.slot = self._residency.acquire(sequence.digest)
         self.running.append(sequence)
         return True
+
+    def _behind_prefix(self, sequence: Sequence, cached: int) -> int:
+        """Puts what the prefix cache lacks of the adapter's own keys and values into the
+        sequence's blocks; how many of its leading tokens are in the cache then."""
+        prefix, blocks = sequence.prefix, sequence.blocks
+        if prefix is None or not prefix.packed.keys_values or cached >= prefix.tokens:
+            return cached
+        assert blocks is not None
+        self._blocks.grow(blocks, prefix.tokens)
+        self._write_prefix(prefix, blocks.blocks, cached)
+        self._blocks.register(blocks, sequence.tokens, prefix.tokens)
+        return prefix.tokens

@@ -6,9 +6,20 @@ import time
 from dataclasses import dataclass, field
 
 import numpy as np
+from torch import Tensor
 
 from manylora.server.engine.blocks import BlockList
+from manylora.server.engine.prefix import Prefix, token_ids
 from manylora.server.engine.types import Request, RequestRecord, Usage
+
+
+@dataclass(slots=True)
+class Gathered:
+    """What a pooled request has so far. total: [1, hidden] a sum of hidden rows; outputs: float32
+    [n, size], what came of rows that are done."""
+
+    total: Tensor | None = None
+    outputs: list[Tensor] = field(default_factory=list)
 
 
 @dataclass(slots=True, eq=False)
@@ -16,16 +27,20 @@ class Sequence:
     """A request's tokens and where they stand. Owned by the engine's thread."""
 
     request: Request
-    tokens: list[int]  # prompt, then output
+    tokens: list[int]  # the adapter's own (ids below zero), prompt, output
     prompt_tokens: int
     rng: np.random.Generator
     stop_ids: frozenset[int]
     output_counts: dict[int, int] = field(default_factory=dict)  # token → times generated
     blocks: BlockList | None = None  # None: waiting
     slot: int = -1  # edit-table row; -1: the base
+    prefix: Prefix | None = None  # while it has a slot
+    prefix_tokens: int = 0  # leading tokens that are the adapter's own
     computed: int = 0  # leading tokens whose KV is in the cache
     cached_tokens: int = 0
     overtaken: int = 0  # younger requests admitted before this one
+    gathered: Gathered = field(default_factory=Gathered)  # since it was admitted
+    askable: int | None = None  # leading tokens to ask the prefix cache for; None: all
     arrived: float = 0.0
     admitted: float | None = None
     first_token: float | None = None
@@ -52,7 +67,13 @@ class Sequence:
 
     @property
     def output_tokens(self) -> int:
-        return len(self.tokens) - self.prompt_tokens
+        return len(self.tokens) - self.prefix_tokens - self.prompt_tokens
+
+    def prepend(self, prefix: Prefix | None) -> None:
+        """The adapter's own tokens come first; known once it is resident. Any number of times."""
+        own = token_ids(prefix)
+        self.tokens[: self.prefix_tokens] = own
+        self.prefix, self.prefix_tokens = prefix, len(own)
 
     def append(self, token: int, now: float) -> None:
         self.tokens.append(token)

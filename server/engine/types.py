@@ -6,6 +6,11 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
+
+from manylora.adapters_store.head import Problem
+
 
 @dataclass(slots=True, frozen=True)
 class SamplingParams:
@@ -37,15 +42,57 @@ class AdapterKey:
     label: str  # "tenant/adapter@version", for people and metrics
 
 
+class PooledTask(Enum):
+    CLASSIFY = "classify"
+    CLASSIFY_TOKENS = "classify_tokens"
+    EMBED = "embed"
+
+
+class Rows(Enum):
+    """Which of a sequence's final hidden rows are taken, and what becomes of them."""
+
+    FIRST = "first"  # "CLS"
+    LAST = "last"
+    LAST_UNPADDED = "last_unpadded"  # the last whose token is not the padding's
+    MEAN = "mean"
+    ALL = "all"  # each by itself
+
+
+@dataclass(slots=True, frozen=True)
+class Pooling:
+    """What is wanted of a prompt's final hidden rows, in the place of a continuation.
+
+    rows, normalize: of an embedding. rows: FIRST, LAST or MEAN; None: as is usual for the base, the
+    mean for encoders, the last for decoders. normalize: to length 1.
+    """
+
+    task: PooledTask
+    rows: Rows | None = None
+    normalize: bool = False
+
+
+@dataclass(slots=True, frozen=True, eq=False)
+class Pooled:
+    """What came of it. values: float32 [n, size], logits or an embedding, n 1 or the prompt's
+    tokens. labels: [size] names of logits; problem: how their scores are made."""
+
+    values: npt.NDArray[np.float32]
+    labels: tuple[str, ...]
+    problem: Problem | None
+    usage: Usage
+
+
 @dataclass(slots=True)
 class Request:
-    """One generation. Token ids are checked by `Engine.submit`."""
+    """One generation, or, with `pooling`, one look at the prompt. Token ids are checked by
+    `Engine.submit`."""
 
     id: str
     prompt: list[int]
     sampling: SamplingParams
     adapter: AdapterKey | None = None
     deadline: float | None = None  # time.monotonic() seconds
+    pooling: Pooling | None = None
 
 
 class FinishReason(Enum):
@@ -99,6 +146,8 @@ class ModelInfo:
     max_context: int
     vocab_size: int
     modules: int  # adaptable places
+    generates: bool  # whether it continues text; an encoder does not
+    tasks: tuple[str, ...]  # PEFT's task types whose adapters it serves
 
 
 class ResidencyState(Enum):
@@ -145,7 +194,8 @@ class StepRecord:
 
 @dataclass(slots=True, frozen=True)
 class RequestRecord:
-    """One finished request. outcome: "stop", "length", "cancelled", "deadline" or "error"."""
+    """One finished request. outcome: "stop", "length", "pooled", "cancelled", "deadline"
+    or "error"."""
 
     adapter: AdapterKey | None
     outcome: str

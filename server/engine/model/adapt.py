@@ -1,17 +1,20 @@
-"""Pass 1, adapt: each Linear and Conv1D becomes a twin that also applies its rows' own edits."""
+"""Pass 1, adapt: modules become twins that also do what their rows' adapters do to them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 from manylora.adapters_store.edits import ModuleKind, ModuleShape
 from manylora.kernels import Plan, SliceGroup
+from manylora.server.engine.model.overrides import StepOverrides
 from manylora.server.engine.model.step import StepState
 
 KINDS: dict[type[nn.Module], ModuleKind] = {
@@ -41,9 +44,9 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [1, rows, in] or [rows, in], the flat batch's rows in order."""
-        return self.edited(x, self.step.plan)
+        return self.edited(x, self.step.plan, self.step.overridden)
 
-    def edited(self, x: Tensor, plan: Plan) -> Tensor:
+    def edited(self, x: Tensor, plan: Plan, overridden: StepOverrides) -> Tensor:
         """The base's result with the plan's edits applied to the flat rows."""
         if plan.empty:
             return self.product(x)
@@ -51,6 +54,9 @@ class AdaptedLinear(nn.Module):
         rows = x.reshape(-1, x.shape[-1])
         scaled = step.kernels.scale_inputs(rows, self.group, step.pool, step.table, plan)
         y = self.product(scaled)
+        if overridden:
+            for where, own in overridden.get(self.group.modules[0], ()):
+                y[where] = own.multiply(y[where], rows[where])
         step.kernels.apply_edits_(y, rows, self.group, step.pool, step.table, plan)
         return y.view(*x.shape[:-1], -1)
 
@@ -71,38 +77,101 @@ class AdaptedHead(AdaptedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [1, rows, in] → [1, n, out]."""
-        return self.edited(x[:, self.step.sample_rows], self.step.head_plan)
+        step = self.step
+        return self.edited(x[:, step.sample_rows], step.head_plan, step.head_overridden)
+
+
+class AdaptedNorm(nn.Module):
+    """A norm whose weight and bias may be those of a row's adapter. Shares the base's."""
+
+    def __init__(self, base: nn.Module, module_id: int, step: StepState) -> None:
+        super().__init__()
+        for name, parameter in base.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
+        self._base = (base,)  # a tuple keeps it out of the tree
+        self.module_id = module_id
+        self.step = step
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [rows, n], [1, rows, n] or [1, rows, heads, n]."""
+        [base] = self._base
+        y: Tensor = base(x)
+        if self.step.overridden:
+            axis = 0 if x.dim() == 2 else 1
+            for where, own in self.step.overridden.get(self.module_id, ()):
+                rows = x.index_select(axis, where)
+                y.index_copy_(axis, where, functional_call(base, own.parameters(), (rows,)))
+        return y
+
+
+class AdaptedEmbedding(nn.Module):
+    """The input embedding; rows may have their adapter's own. Shares the base's weight."""
+
+    def __init__(self, base: Any, module_id: int, step: StepState) -> None:
+        super().__init__()
+        self.weight = base.weight
+        self.factor = embedding_factor(base)
+        self._base = (base,)  # a tuple keeps it out of the tree
+        self.module_id = module_id
+        self.step = step
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """int64 [1, rows] → [1, rows, hidden]."""
+        [base] = self._base
+        y: Tensor = base(ids)
+        if self.step.overridden:
+            for where, own in self.step.overridden.get(self.module_id, ()):
+                y[0, where] = own.embed(y[0, where], ids[0, where], self.factor)
+        self.step.put_virtual(y)
+        return y
 
 
 def adapt(
-    model: nn.Module, names: Iterable[str], head: str, step: StepState
+    model: nn.Module, names: Iterable[str], head: str | None, others: Iterable[str], step: StepState
 ) -> dict[str, ModuleShape]:
     """Puts a twin in the place of each named module and of the head, in the model's tree.
 
     Args:
         names: modules whose input rows are exactly the flat batch's; without the head.
-        head: name of the head, a plain Linear.
+        head: name of the head, a plain Linear; None: there is none.
+        others: norms, and the input embedding, whose rows are the batch's.
         step: what all twins read.
 
     Returns:
         The adaptable modules; a module's id is its place in the order.
     """
     modules: dict[str, ModuleShape] = {}
-    for name in (*names, head):
+    for name in (*names, *([head] if head else ()), *others):
         base = model.get_submodule(name)
         shape = shape_of(base)
-        twin = AdaptedConv1D if shape.kind is ModuleKind.CONV1D else AdaptedLinear
-        if name == head:
-            twin = AdaptedHead
+        twin = AdaptedHead if name == head else _TWINS[shape.kind]
         model.set_submodule(name, twin(base, len(modules), step))
         modules[name] = shape
     return modules
 
 
+_TWINS: dict[ModuleKind, Callable[[Any, int, StepState], nn.Module]] = {
+    ModuleKind.LINEAR: AdaptedLinear,
+    ModuleKind.CONV1D: AdaptedConv1D,
+    ModuleKind.NORM: AdaptedNorm,
+    ModuleKind.EMBEDDING: AdaptedEmbedding,
+}
+
+
 def shape_of(module: Any) -> ModuleShape:
-    """Kind and sizes of a module of one of `KINDS`."""
-    kind = KINDS[type(module)]
+    """Kind and sizes of a module of one of `KINDS`, of an embedding or of a norm."""
+    if module.weight.dim() == 1:
+        return ModuleShape(ModuleKind.NORM, len(module.weight), len(module.weight))
     first, second = module.weight.shape
+    if isinstance(module, nn.Embedding):
+        return ModuleShape(ModuleKind.EMBEDDING, in_size=first, out_size=second)
+    kind = KINDS[type(module)]
     if kind is ModuleKind.CONV1D:
         return ModuleShape(kind, in_size=first, out_size=second)
     return ModuleShape(kind, in_size=second, out_size=first)
+
+
+def embedding_factor(embedding: Any) -> float:
+    """What the module multiplies its rows by (Gemma 3), in its own dtype."""
+    scale = getattr(embedding, "embed_scale", 1.0)
+    return float(torch.as_tensor(scale).to(embedding.weight.dtype))

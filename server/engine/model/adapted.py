@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from manylora.adapters_store.edits import ModuleShape
+from manylora.adapters_store.edits import LoweredAdapter, ModuleShape
+from manylora.adapters_store.format import Checkpoint
+from manylora.adapters_store.head import Task
 from manylora.kernels import EditTable
 from manylora.server.engine.model.attach import LayerAttention
 from manylora.server.engine.model.fuse import PackedRows
 from manylora.server.engine.model.step import StepInputs, StepState
+from manylora.server.engine.model.task_view import TaskBase, lower_for
 
 
 @dataclass(slots=True, eq=False)
@@ -24,6 +27,7 @@ class AdaptedModel:
     max_context: tokens that a sequence may have, prompt and answer.
     eos_token_ids: ids that end a generation.
     packed: modules whose weights the fused layers hold, by name; empty if nothing is fused.
+    tasks: what it is to requests that want no text.
     """
 
     model: PreTrainedModel
@@ -34,6 +38,7 @@ class AdaptedModel:
     max_context: int
     eos_token_ids: tuple[int, ...]
     packed: Mapping[str, PackedRows]
+    tasks: TaskBase
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -43,6 +48,12 @@ class AdaptedModel:
     def dtype(self) -> torch.dtype:
         dtype: torch.dtype = self.model.dtype
         return dtype
+
+    @property
+    def embedding_width(self) -> int:
+        """Of what the model's input embedding gives, and of a virtual token."""
+        width: int = self.model.get_input_embeddings().weight.shape[1]
+        return width
 
     @property
     def device(self) -> torch.device:
@@ -65,6 +76,17 @@ class AdaptedModel:
         except AttributeError:
             return None
         return parameter if isinstance(parameter, Tensor) else None
+
+    def lower(self, checkpoint: Checkpoint) -> LoweredAdapter:
+        """The adapter's edits by names of `modules`, and its head.
+
+        Raises InvalidArgument or FailedPrecondition if it is broken, not served or does not fit.
+        """
+        return lower_for(checkpoint, self.tasks.views, self.parameter)
+
+    def run_stems(self, jobs: Sequence[tuple[Task | None, int, Tensor]]) -> list[Tensor]:
+        """As `PooledModel`'s: a decoder has nothing before its heads."""
+        return [rows for _, _, rows in jobs]
 
     def bind(self, pool: Tensor, table: EditTable) -> None:
         """Says where the adapters' tensors lie. pool: [elements] in the model's dtype; table: a

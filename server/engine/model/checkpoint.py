@@ -1,11 +1,21 @@
-"""A Hugging Face checkpoint on local disk → the causal language model as transformers runs it."""
+"""A Hugging Face checkpoint on local disk → the model as transformers runs it."""
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from manylora.errors import FailedPrecondition, InvalidArgument
@@ -15,8 +25,31 @@ _LAYER_TYPES = {"full_attention", "sliding_attention"}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def read_model(path: Path, dtype: str, device: torch.device) -> PreTrainedModel:
-    """Loads the checkpoint for inference, with transformers' plain ("eager") attention.
+ENCODERS = frozenset({"bert", "modernbert", "roberta", "xlm-roberta"})
+"""Model types that are served as encoders; others may compute something else."""
+
+
+@dataclass(slots=True, frozen=True)
+class BaseCheckpoint:
+    """A model, and the tensors of its own task's head, or of what is before it, that its
+    checkpoint lacks: only an encoder's may."""
+
+    model: PreTrainedModel
+    lacking: frozenset[str]
+
+    @property
+    def encodes(self) -> bool:
+        return is_encoder(self.model.config)
+
+
+def is_encoder(config: PreTrainedConfig) -> bool:
+    return config.model_type in ENCODERS and not getattr(config, "is_decoder", False)
+
+
+def read_model(path: Path, dtype: str, device: torch.device) -> BaseCheckpoint:
+    """Loads the checkpoint for inference, with transformers' plain ("eager") attention: a causal
+    language model, or an encoder as the class that classifies its tokens, if it was trained for
+    that, else sequences.
 
     Args:
         path: a directory with config.json and safetensors files.
@@ -30,7 +63,7 @@ def read_model(path: Path, dtype: str, device: torch.device) -> PreTrainedModel:
         raise InvalidArgument("no such dtype", field="dtype", found=dtype, wanted=", ".join(DTYPES))
     config = _read_config(path)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = _kind(config).from_pretrained(
             path,
             config=config,
             dtype=DTYPES.get(dtype, dtype),
@@ -46,7 +79,9 @@ def read_model(path: Path, dtype: str, device: torch.device) -> PreTrainedModel:
             f"the base model could not be loaded: {error}", field="model"
         ) from error
     mismatched = [f"{name} {list(shape)}" for name, shape, _ in info["mismatched_keys"]]
-    lacking = sorted(info["missing_keys"]) + mismatched
+    missing = frozenset(info["missing_keys"])
+    optional = frozenset(filter(_HEAD.match, missing)) if is_encoder(config) else frozenset()
+    lacking = sorted(missing - optional) + mismatched
     if lacking:
         raise FailedPrecondition(
             "the checkpoint lacks tensors of its model, or has them in another shape",
@@ -57,7 +92,19 @@ def read_model(path: Path, dtype: str, device: torch.device) -> PreTrainedModel:
         raise FailedPrecondition(
             "the checkpoint's dtype is not served", field="dtype", found=model.dtype
         )
-    return model.eval().requires_grad_(False).to(device)
+    return BaseCheckpoint(model.eval().requires_grad_(False).to(device), optional)
+
+
+_HEAD = re.compile(r"(classifier|head|[a-z_]+\.pooler)\.")
+
+
+def _kind(config: PreTrainedConfig) -> Any:
+    if not is_encoder(config):
+        return AutoModelForCausalLM
+    made = (config.architectures or [""])[0]
+    if made.endswith("ForTokenClassification"):
+        return AutoModelForTokenClassification
+    return AutoModelForSequenceClassification
 
 
 def _read_config(path: Path) -> PreTrainedConfig:
@@ -75,8 +122,8 @@ def _read_config(path: Path) -> PreTrainedConfig:
         raise FailedPrecondition(f"config.json: {error}", field="model") from error
     if config.is_encoder_decoder or getattr(config, "add_cross_attention", False):
         raise _not_served(config, "an encoder-decoder model, or one with cross attention")
-    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise _not_served(config, "no causal language model of transformers")
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not is_encoder(config):
+        raise _not_served(config, "neither a causal language model nor a known encoder")
     if getattr(config, "quantization_config", None) is not None:
         raise _not_served(config, "a quantised checkpoint")
     _check_layers(config)

@@ -26,7 +26,7 @@ from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from manylora.kernels import SliceGroup
-from manylora.server.engine.model.adapt import AdaptedHead, AdaptedLinear
+from manylora.server.engine.model.adapt import AdaptedHead, AdaptedLinear, AdaptedNorm
 from manylora.server.engine.model.attach import LayerAttention
 from manylora.server.engine.model.step import StepState
 
@@ -130,8 +130,18 @@ class Projection:
         if step.plan.empty:
             return self.product(x)
         y = self._scaled(x) if step.table.scales_inputs(self.group) else self.product(x)
+        if step.overridden:
+            self._override_(y, x)
         step.kernels.apply_edits_(y, x, self.group, step.pool, step.table, step.plan)
         return y
+
+    def _override_(self, y: Tensor, x: Tensor) -> None:
+        """The adapters' own products in the place of the base's."""
+        group = self.group
+        for module, start, size in zip(group.modules, group.starts, group.sizes, strict=True):
+            part = y[:, start : start + size]
+            for where, own in self.step.overridden.get(module, ()):
+                part[where] = own.multiply(part[where], x[where])
 
     def _scaled(self, x: Tensor) -> Tensor:
         """The product where modules of the group may scale their inputs, each in its own way."""
@@ -202,6 +212,31 @@ class HalfRotary(nn.Module):
         return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
 
 
+@dataclass(slots=True, frozen=True, eq=False)
+class FusedNorm:
+    """One of a layer's norms; the tree keeps the norm itself.
+
+    weight: [n]. module: its id, -1 if it cannot be adapted. offset: see `rms_norm`.
+    """
+
+    weight: Tensor
+    module: int
+    eps: float
+    offset: float
+    step: StepState
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As `rms_norm`, but each row by its adapter's own weight if it has one."""
+        step = self.step
+        normed, h = step.kernels.rms_norm(x, self.weight, self.eps, residual, offset=self.offset)
+        if step.overridden:
+            for where, own in step.overridden.get(self.module, ()):
+                if own.weight is not None:
+                    rms_norm = step.kernels.rms_norm
+                    normed[where] = rms_norm(h[where], own.weight, self.eps, offset=self.offset)[0]
+        return normed, h
+
+
 class FusedLayer(nn.Module):
     """One decoder layer over a flat batch."""
 
@@ -212,18 +247,23 @@ class FusedLayer(nn.Module):
         self.attention = attention
         self.step = step
         self.gated = gated
-        self.eps = eps
         self.projections = tuple(Projection(group, step) for group in _groups(base))
         self.qkv, self.o, self.gate_up, self.down = self.projections
-        self.offset = 1.0 if type(base) in GEMMA else 0.0
-        self.before_attention = base.input_layernorm.weight
-        self.after_attention: Tensor | None = None
-        self.before_mlp = base.post_attention_layernorm.weight
-        self.after_mlp: Tensor | None = None
-        if hasattr(base, "pre_feedforward_layernorm"):
-            self.after_attention = base.post_attention_layernorm.weight
-            self.before_mlp = base.pre_feedforward_layernorm.weight
-            self.after_mlp = base.post_feedforward_layernorm.weight
+        offset = 1.0 if type(base) in GEMMA else 0.0
+        norms: dict[str, FusedNorm] = {}
+        for name, norm in base.named_children():
+            if name.endswith("layernorm"):
+                self.add_module(name, norm)
+                module = norm.module_id if isinstance(norm, AdaptedNorm) else -1
+                norms[name] = FusedNorm(norm.weight, module, eps, offset, step)
+        self.before_attention = norms["input_layernorm"]
+        self.after_attention: FusedNorm | None = None
+        self.before_mlp = norms["post_attention_layernorm"]
+        self.after_mlp: FusedNorm | None = None
+        if "pre_feedforward_layernorm" in norms:
+            self.after_attention = norms["post_attention_layernorm"]
+            self.before_mlp = norms["pre_feedforward_layernorm"]
+            self.after_mlp = norms["post_feedforward_layernorm"]
 
     def forward(
         self,
@@ -232,14 +272,16 @@ class FusedLayer(nn.Module):
         **_: object,
     ) -> Tensor:
         """hidden_states: [1, rows, hidden], updated in place and returned."""
-        kernels = self.step.kernels
         x = hidden_states[0]
-        normed = self._normed(x, self.before_attention)
-        mixed = self._attend(self.qkv(normed), position_embeddings)
-        y = self._normed(self.o(mixed), self.after_attention)
-        normed, x = kernels.rms_norm(y, self.before_mlp, self.eps, x, offset=self.offset)
+        normed = self.before_attention(x)[0]
+        y = self.o(self._attend(self.qkv(normed), position_embeddings))
+        if self.after_attention is not None:
+            y = self.after_attention(y)[0]
+        normed, x = self.before_mlp(y, x)
         y = self.down(self.gated(self.gate_up(normed)))
-        x += self._normed(y, self.after_mlp)
+        if self.after_mlp is not None:
+            y = self.after_mlp(y)[0]
+        x += y
         return hidden_states
 
     def _attend(self, qkv: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
@@ -259,11 +301,6 @@ class FusedLayer(nn.Module):
             sinks=call.sinks,
         )
         return mixed.flatten(1)
-
-    def _normed(self, y: Tensor, weight: Tensor | None) -> Tensor:
-        if weight is None:
-            return y
-        return self.step.kernels.rms_norm(y, weight, self.eps, offset=self.offset)[0]
 
 
 def _gated_activation(mlp: Any, step: StepState) -> Gated | None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from manylora.adapters_store.edits import ModuleShape
 from manylora.errors import FailedPrecondition, ManyloraError
 from manylora.kernels import Backend
 from manylora.server.engine.model import selfcheck
@@ -15,17 +17,23 @@ from manylora.server.engine.model.adapt import adapt
 from manylora.server.engine.model.adapted import AdaptedModel
 from manylora.server.engine.model.attach import ATTENTION, attach
 from manylora.server.engine.model.checkpoint import read_model
+from manylora.server.engine.model.encoder import EncoderModel
 from manylora.server.engine.model.fuse import fuse
+from manylora.server.engine.model.heads import decoder_forms
 from manylora.server.engine.model.interface import make_interfaced
 from manylora.server.engine.model.limits import eos_token_ids, max_context
+from manylora.server.engine.model.load_encoder import adapt_encoder
 from manylora.server.engine.model.probe import probe
-from manylora.server.engine.model.step import StepState
+from manylora.server.engine.model.step import StepState, keep_hidden
+from manylora.server.engine.model.task_view import TaskBase, make_views, read_task_base
+from manylora.server.engine.types import Rows
 
 
-def load_model(
+def load_base(
     path: Path, dtype: str, device: torch.device, kernels: Backend, *, fused: bool = True
-) -> AdaptedModel:
-    """Loads a causal language model and makes it serve flat batches with per-row adapters.
+) -> AdaptedModel | EncoderModel:
+    """Loads a causal language model or an encoder, as its configuration says, and makes it serve
+    flat batches with per-row adapters.
 
     Args:
         path: directory of a Hugging Face checkpoint in safetensors.
@@ -37,17 +45,29 @@ def load_model(
     Raises:
         FailedPrecondition: the model is of a kind that cannot be served exactly, or broken.
     """
-    model = read_model(path, dtype, device)
+    base = read_model(path, dtype, device)
     try:
-        return _adapt(model, kernels, fused)
+        return adapt_encoder(base, kernels) if base.encodes else _adapt(base.model, kernels, fused)
     except ManyloraError:
         raise
     except Exception as error:
         raise FailedPrecondition(
-            f"{type(model).__name__} cannot be served: its forward pass fails with our attention: "
-            f"{type(error).__name__}: {error}",
+            f"{type(base.model).__name__} cannot be served: its forward pass fails with our "
+            f"attention: {type(error).__name__}: {error}",
             field="model",
         ) from error
+
+
+def load_model(
+    path: Path, dtype: str, device: torch.device, kernels: Backend, *, fused: bool = True
+) -> AdaptedModel:
+    """As `load_base`; raises FailedPrecondition for an encoder, too."""
+    model = load_base(path, dtype, device, kernels, fused=fused)
+    if isinstance(model, EncoderModel):
+        raise FailedPrecondition(
+            "not a causal language model", field="model", found=type(model.model).__name__
+        )
+    return model
 
 
 def _adapt(model: PreTrainedModel, kernels: Backend, fused: bool) -> AdaptedModel:
@@ -56,9 +76,10 @@ def _adapt(model: PreTrainedModel, kernels: Backend, fused: bool) -> AdaptedMode
     make_interfaced(model)
     seen = probe(model, head)
     step = StepState.idle(kernels, model.dtype, model.device)
-    modules = adapt(model, seen.rowwise, head, step)
+    modules = adapt(model, seen.rowwise, head, seen.others, step)
     layers = attach(seen.attention, step)
     model.config._attn_implementation = ATTENTION
+    keep_hidden(model, step)
     adapted = AdaptedModel(
         model=model,
         step=step,
@@ -68,9 +89,16 @@ def _adapt(model: PreTrainedModel, kernels: Backend, fused: bool) -> AdaptedMode
         max_context=max_context(model.config),
         eos_token_ids=eos_token_ids(model),
         packed=fuse(model, layers, step) if fused else {},
+        tasks=_tasks(model, modules),
     )
     selfcheck.check_rows(adapted)
     return adapted
+
+
+def _tasks(model: PreTrainedModel, modules: Mapping[str, ModuleShape]) -> TaskBase:
+    forms = decoder_forms(model.config)
+    views = make_views(modules, model.base_model_prefix, forms, generates=True)
+    return read_task_base(model.config, views, Rows.LAST)
 
 
 def _head(model: PreTrainedModel) -> str:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from manylora.errors import FailedPrecondition
 from manylora.server.engine.model.adapt import KINDS
+from manylora.server.engine.model.probe_others import watch_others
 from manylora.server.engine.model.record import PROBE, RECORD, AttentionCall, refuse
 
 _ROWS = 13
@@ -20,10 +21,12 @@ _ROWS = 13
 @dataclass(slots=True, frozen=True)
 class Probe:
     """attention: the layers, in the tree's order. rowwise: names of the Linear and Conv1D modules
-    that are given exactly the flat batch's rows; the head is not among them."""
+    that are given exactly the flat batch's rows; the head is not among them. others: of the norms
+    that treat each row by itself, and of the input embedding."""
 
     attention: list[AttentionCall]
     rowwise: list[str]
+    others: list[str]
 
 
 def probe(model: PreTrainedModel, head: str) -> Probe:
@@ -37,9 +40,10 @@ def probe(model: PreTrainedModel, head: str) -> Probe:
     implementation = model.config._attn_implementation
     model.config._attn_implementation = PROBE
     try:
-        with torch.inference_mode(), _counting_rows(model) as rows:
+        counting, watching = counting_rows(model), watch_others(model, _ROWS)
+        with torch.inference_mode(), counting as rows, watching as others:
             model(input_ids=ids, position_ids=ids, use_cache=False)
-        return Probe(_attention_calls(model), _rowwise(model, rows, head))
+        return Probe(_attention_calls(model), _rowwise(model, rows, head), others())
     finally:
         model.config._attn_implementation = implementation
         for module in model.modules():
@@ -47,7 +51,7 @@ def probe(model: PreTrainedModel, head: str) -> Probe:
 
 
 @contextmanager
-def _counting_rows(model: PreTrainedModel) -> Iterator[dict[str, set[int]]]:
+def counting_rows(model: PreTrainedModel) -> Iterator[dict[str, set[int]]]:
     """Row counts of the inputs that each Linear and Conv1D sees meanwhile."""
     rows: dict[str, set[int]] = {}
 

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from manylora.kernels import AttentionBatch, Backend, EditTable, Plan, make_batch, make_plan
+from manylora.server.engine.model.overrides import NO_OVERRIDES, Overrides, StepOverrides
+
+
+@dataclass(slots=True, frozen=True)
+class VirtualRows:
+    """Rows whose embeddings are an adapter's own: int64 [m] rows of the flat batch, and where in
+    the pool each one's embedding begins, in elements."""
+
+    rows: Tensor
+    offsets: Tensor
 
 
 @dataclass(slots=True)
@@ -19,6 +31,7 @@ class StepInputs:
     plan: the rows' slots. head_plan: the sampled rows' slots, in the order of sample_rows.
     attention: which rows belong to which sequence, and where their keys and values lie.
     sample_rows: int64 [n], the rows whose logits are wanted; may be empty.
+    virtual: the rows that are virtual tokens (their token ids are any); None where none is.
     """
 
     token_ids: Tensor
@@ -27,13 +40,16 @@ class StepInputs:
     head_plan: Plan
     attention: AttentionBatch
     sample_rows: Tensor
+    virtual: VirtualRows | None = None
 
 
 @dataclass(slots=True)
 class StepState:
     """One model's current step and adapter memory; every adapted module of it holds this object.
 
-    pool: [elements], the adapters' tensors. table: what lies where. The rest is the step's.
+    pool: [elements], the adapters' tensors. table: what lies where. overrides: what is no edit.
+    The rest is the step's; overridden, head_overridden: of plan and of head_plan. hidden: [rows,
+    hidden], of the base without its head, once it has run.
     """
 
     kernels: Backend
@@ -43,6 +59,11 @@ class StepState:
     head_plan: Plan
     attention: AttentionBatch
     sample_rows: Tensor
+    virtual: VirtualRows | None = None
+    overrides: Overrides = field(default_factory=Overrides)
+    overridden: StepOverrides = field(default_factory=lambda: NO_OVERRIDES)
+    head_overridden: StepOverrides = field(default_factory=lambda: NO_OVERRIDES)
+    hidden: Tensor = field(default_factory=lambda: torch.empty(0))
 
     @classmethod
     def idle(cls, kernels: Backend, dtype: torch.dtype, device: torch.device) -> StepState:
@@ -65,3 +86,22 @@ class StepState:
         self.head_plan = inputs.head_plan
         self.attention = inputs.attention
         self.sample_rows = inputs.sample_rows
+        self.virtual = inputs.virtual
+        self.overridden = self.overrides.of(inputs.plan)
+        self.head_overridden = self.overrides.of(inputs.head_plan)
+
+    def put_virtual(self, embedded: Tensor) -> None:
+        """Puts the virtual tokens' embeddings in their rows. embedded: [1, rows, width]."""
+        if self.virtual is not None:
+            width = torch.arange(embedded.shape[-1], device=embedded.device)
+            embedded[0, self.virtual.rows] = self.pool[self.virtual.offsets[:, None] + width]
+
+
+def keep_hidden(model: PreTrainedModel, step: StepState) -> None:
+    """From now on, `step.hidden` is what the last forward pass of the model's base gave."""
+
+    def keep(module: nn.Module, args: object, output: Any) -> None:  # noqa: ARG001
+        step.hidden = output[0][0]
+
+    for module in {model.base_model, model.get_decoder()}:  # OPT calls the inner one itself
+        module.register_forward_hook(keep)

@@ -56,6 +56,8 @@ class House:
             self.loading.manager,
             max_batch_tokens=budget,
             max_sequences=sequences,
+            max_context=blocks * SIZE,
+            write_prefix=lambda prefix, blocks, first: None,  # noqa: ARG005
         )
         self.written: dict[tuple[int, int], tuple[str, tuple[int, ...]]] = {}
         self.finished: list[Sequence] = []

@@ -17,9 +17,13 @@ from manylora.server.engine.types import (
     AdapterKey,
     EngineStats,
     FinishReason,
+    Pooled,
+    PooledTask,
+    Pooling,
     Request,
     RequestRecord,
     Residency,
+    Rows,
     SamplingParams,
     StepRecord,
     TokenLogprobs,
@@ -154,6 +158,19 @@ class House:
             await stream.aclose()
         assert answer.finish_reason is not None
         return answer
+
+    async def pool(
+        self,
+        prompt: Sequence[int],
+        adapter: str,
+        task: PooledTask,
+        *,
+        rows: Rows | None = None,
+        normalize: bool = False,
+    ) -> Pooled:
+        request = self.request(prompt, adapter)
+        request.pooling = Pooling(task, rows, normalize)
+        return await self.engine.pool(request)
 
     async def load(self, digest: str, *, pin: bool = False) -> Residency:
         key = adapter_key(digest)

@@ -12,6 +12,7 @@ from manylora.adapters_store.edits import LoweredAdapter, ModuleEdit
 from manylora.errors import ManyloraError
 from manylora.kernels import EditTable, reference
 from manylora.server.engine.mailbox import Loaded
+from manylora.server.engine.model.overrides import Overrides
 from manylora.server.engine.packing import PackedAdapter, pack
 from manylora.server.engine.pool import Pool
 from manylora.server.engine.residency import ResidencyManager
@@ -58,12 +59,19 @@ class Loading:
         self.pool = Pool(elements(room) * 4, torch.float32, torch.device("cpu"))
         self.pool.tensor.fill_(float("nan"))
         self.table = EditTable(slots, len(MODULES))
+        self.overrides = Overrides()
         self.events: list[Residency] = []
         self.loading: list[str] = []  # on loader threads, the first begun first
         self._gates: dict[str, SimpleQueue[ManyloraError | None]] = defaultdict(SimpleQueue)
         self._posted: SimpleQueue[Loaded] = SimpleQueue()
         self.manager = ResidencyManager(
-            self.pool, self.table, self._load, self._posted.put, self._notice, threads=16
+            self.pool,
+            self.table,
+            self.overrides,
+            self._load,
+            self._posted.put,
+            self._notice,
+            threads=16,
         )
 
     def finish(self, digest: str, error: ManyloraError | None = None) -> None:

@@ -17,24 +17,44 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Places:
-    """Modules of one architecture: some of attention, some of the MLP, and its last."""
+    """Modules of one architecture: some of attention, some of the MLP, its last; the embedding,
+    some norms, and the norm before the head."""
 
     attention: tuple[str, ...]
     mlp: tuple[str, ...]
     last: str
+    embedding: str
+    norms: tuple[str, ...]
+    last_norm: str
 
     @property
     def all(self) -> list[str]:
         return [*self.attention, *self.mlp]
 
 
-_LLAMA = Places(("q_proj", "v_proj", "o_proj"), ("up_proj", "down_proj"), "down_proj")
+_LLAMA = Places(
+    ("q_proj", "v_proj", "o_proj"),
+    ("up_proj", "down_proj"),
+    "down_proj",
+    "embed_tokens",
+    ("input_layernorm", "post_attention_layernorm"),
+    "model.norm",
+)
 PLACES = {
     "llama": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
-    "opt": Places(("q_proj", "v_proj", "out_proj"), ("fc1", "fc2"), "fc2"),
-    "gpt2": Places(("c_attn",), ("c_fc", "mlp.c_proj"), "mlp.c_proj"),
+    "opt": Places(
+        ("q_proj", "v_proj", "out_proj"),
+        ("fc1", "fc2"),
+        "fc2",
+        "embed_tokens",
+        ("self_attn_layer_norm",),
+        "decoder.final_layer_norm",
+    ),
+    "gpt2": Places(
+        ("c_attn",), ("c_fc", "mlp.c_proj"), "mlp.c_proj", "wte", ("ln_1", "ln_2"), "ln_f"
+    ),
 }
 
 
@@ -77,6 +97,16 @@ def _ia3_odd(places: Places) -> dict[str, Any]:
     return {"target_modules": places.all, "feedforward_modules": list(scaled)}
 
 
+def _nowhere(places: Places) -> dict[str, Any]:  # noqa: ARG001
+    return {}
+
+
+def _lora_and(saved: Callable[[Places], list[str]]) -> Callable[[Places], dict[str, Any]]:
+    """LoRA on some modules, and others saved whole."""
+    return lambda places: {"target_modules": [places.last], "modules_to_save": saved(places)}
+
+
+_TOKENS = list(range(95, 3, -3))  # enough of them that prompts have some
 _LORA: dict[str, Any] = {"r": 4, "lora_alpha": 6}
 _ADALORA: dict[str, Any] = {"init_r": 4, "target_r": 3, "lora_alpha": 6, "total_step": 10}
 
@@ -133,7 +163,83 @@ METHODS: dict[str, Recipe] = {
     "beft": Recipe(peft.BeftConfig, conv1d=False),
     "deft": Recipe(peft.DeftConfig, {"r": 4, "alpha": 6}),
     "deft-qr": Recipe(peft.DeftConfig, {"r": 4, "decomposition_method": "qr"}),
+    "tinylora": Recipe(peft.TinyLoraConfig, {"r": 2, "u": 3, "weight_tying": 0.5}),
+    "tinylora-seed": Recipe(
+        peft.TinyLoraConfig,
+        {"r": 3, "u": 4, "save_projection": False, "bias": "tinylora_only", "projection_seed": 7},
+    ),
+    "glora": Recipe(peft.GloraConfig, {"r": 3, "config_A_B": "vector"}, conv1d=False),
+    "glora-constant": Recipe(
+        peft.GloraConfig,
+        {"r": 3, "config_A_B": "constant", "config_C": "vector", "config_D_E": "vector"},
+        conv1d=False,
+    ),
+    "ln-tuning": Recipe(
+        peft.LNTuningConfig, placed=lambda places: {"target_modules": list(places.norms)}
+    ),
+    "tokens": Recipe(peft.TrainableTokensConfig, {"token_indices": _TOKENS}, _nowhere),
+    "lora-tokens": Recipe(peft.LoraConfig, {**_LORA, "trainable_token_indices": _TOKENS}),
+    "lora-tokens-of-each": Recipe(
+        peft.LoraConfig,
+        _LORA,
+        lambda places: {
+            "target_modules": list(places.mlp),
+            "trainable_token_indices": {places.embedding: _TOKENS, "lm_head": [61, 3]},
+        },
+    ),
+    "lora-embedding": Recipe(
+        peft.LoraConfig, _LORA, lambda places: {"target_modules": [places.embedding, places.last]}
+    ),
+    "dora-embedding": Recipe(
+        peft.LoraConfig,
+        {**_LORA, "use_dora": True},
+        lambda places: {"target_modules": [places.embedding, places.last]},
+    ),
+    "lora-embedding-head": Recipe(
+        peft.LoraConfig,
+        _LORA,
+        lambda places: {"target_modules": [places.embedding, "lm_head", places.last]},
+    ),
+    "lora-embedding-saved": Recipe(
+        peft.LoraConfig, _LORA, _lora_and(lambda places: [places.embedding])
+    ),
+    "lora-head-saved": Recipe(peft.LoraConfig, _LORA, _lora_and(lambda places: ["lm_head"])),  # noqa: ARG005
+    "ia3-all-saved": Recipe(
+        peft.IA3Config,
+        placed=lambda places: {
+            "target_modules": [places.last],
+            "feedforward_modules": [],
+            "modules_to_save": [places.embedding, "lm_head", places.mlp[0], places.attention[0]],
+        },
+    ),
+    "lora-norms-saved": Recipe(
+        peft.LoraConfig, _LORA, _lora_and(lambda places: [places.norms[0], places.last_norm])
+    ),
     "para": Recipe(peft.DeftConfig, {"r": 4, "para": True}),
+    "prompt": Recipe(peft.PromptTuningConfig, {"num_virtual_tokens": 21}, _nowhere),
+    "multitask": Recipe(
+        peft.MultitaskPromptTuningConfig, {"num_virtual_tokens": 5, "num_ranks": 2}, _nowhere
+    ),
+    "p-tuning": Recipe(
+        peft.PromptEncoderConfig, {"num_virtual_tokens": 6, "encoder_hidden_size": 32}, _nowhere
+    ),
+    "p-tuning-lstm": Recipe(
+        peft.PromptEncoderConfig,
+        {
+            "num_virtual_tokens": 4,
+            "encoder_hidden_size": 24,
+            "encoder_reparameterization_type": "LSTM",
+        },
+        _nowhere,
+    ),
+    "cpt": Recipe(peft.CPTConfig, {"cpt_token_ids": [5, 9, 11, 40]}, _nowhere),
+    "prefix": Recipe(peft.PrefixTuningConfig, {"num_virtual_tokens": 19}, _nowhere),
+    "prefix-mlp": Recipe(
+        peft.PrefixTuningConfig,
+        {"num_virtual_tokens": 3, "prefix_projection": True, "encoder_hidden_size": 32},
+        _nowhere,
+    ),
+    "cartridge": Recipe(peft.CartridgeConfig, {"num_virtual_tokens": 17}, _nowhere),
 }
 """Name → how to make it."""
 
@@ -165,17 +271,23 @@ def peft_rows(base: nn.Module, directory: Path | None, ids: list[int]) -> torch.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = peft.PeftModel.from_pretrained(model, directory)
-    logits: torch.Tensor = model.eval()(torch.tensor([ids]), use_cache=False).logits[0]
-    return logits
+    task = {"task_ids": torch.tensor([0])} if _is_multitask(model) else {}
+    logits: torch.Tensor = model.eval()(torch.tensor([ids]), use_cache=False, **task).logits[0]
+    return logits[-len(ids) :]  # behind virtual tokens
+
+
+def _is_multitask(model: Any) -> bool:
+    configs = getattr(model, "peft_config", {})
+    return any(isinstance(c, peft.MultitaskPromptTuningConfig) for c in configs.values())
 
 
 @torch.no_grad()
 def _shake(model: nn.Module, seed: int) -> None:
     """Moves every trained tensor by a fair part of its size, and no less than of a size that
-    matters; norms' biases stay, for no linear module has them."""
+    matters."""
     generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad or "norm" in name or ".ln_" in name:
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
             continue
         size = max(float(parameter.abs().mean()), 0.3 * parameter.shape[-1] ** -0.5)
         parameter.add_(0.5 * size * torch.randn(parameter.shape, generator=generator))

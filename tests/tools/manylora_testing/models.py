@@ -165,13 +165,14 @@ def tiny_model(arch: str, directory: Path, *, seed: int = 0, **changes: Any) -> 
     for name, value in changes.items():
         setattr(config, name, value)
     model = hf.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    _randomise(model, seed + zlib.crc32(arch.encode()))
+    randomise(model, seed + zlib.crc32(arch.encode()))
     model.save_pretrained(directory)
     return directory
 
 
 @torch.no_grad()
-def _randomise(model: nn.Module, seed: int) -> None:
+def randomise(model: nn.Module, seed: int) -> None:
+    """Weights of a size that makes outputs of order one."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)

@@ -68,7 +68,9 @@ def test_modules_and_sizes(tmp_path: Path) -> None:
     model = load(tiny_model("gpt2", tmp_path))
     assert model.modules["transformer.h.1.attn.c_attn"] == ModuleShape(ModuleKind.CONV1D, 48, 144)
     assert model.modules["lm_head"] == ModuleShape(ModuleKind.LINEAR, 48, 96)
-    assert len(model.modules) == 9
+    assert model.modules["transformer.wte"] == ModuleShape(ModuleKind.EMBEDDING, 96, 48)
+    assert model.modules["transformer.h.0.ln_1"] == ModuleShape(ModuleKind.NORM, 48, 48)
+    assert len(model.modules) == 9 + 1 + 5
     assert (model.vocab_size, model.max_context, model.eos_token_ids) == (96, 128, (2,))
     assert (model.kv_layout, model.dtype) == ([(4, 12), (4, 12)], torch.float32)
 
@@ -135,7 +137,11 @@ def merge(weight: Tensor, bias: Tensor | None, edit: ModuleEdit, kind: ModuleKin
 def test_every_kind_of_edit_equals_merged_weights(arch: str, tmp_path: Path) -> None:
     base = tiny_model(arch, tmp_path)
     model = load(base)
-    names = [name for name in model.modules if name != "lm_head"]
+    names = [
+        name
+        for name, shape in model.modules.items()
+        if shape.kind in (ModuleKind.LINEAR, ModuleKind.CONV1D) and name != "lm_head"
+    ]
     edits = {name: random_edit(model.modules[name], i) for i, name in enumerate(names)}
     merged = AutoModelForCausalLM.from_pretrained(base).eval()
     for name, edit in edits.items():

@@ -16,6 +16,7 @@ from manylora_testing import (
 )
 
 from manylora import kernels
+from manylora.adapters_store.edits import ModuleKind
 from manylora.kernels import cpu
 from manylora.server.engine.model import AdaptedModel, load_model
 
@@ -31,7 +32,8 @@ CPU = torch.device("cpu")
 
 def make_adapters(model: AdaptedModel, base: Path, where: Path) -> dict[str, Path]:
     """Three adapters of different rank, alpha, scaling and targets, made by peft."""
-    inner = [name for name in model.modules if ".layers." in name or ".h." in name]
+    linear = (ModuleKind.LINEAR, ModuleKind.CONV1D)
+    inner = [n for n, shape in model.modules.items() if shape.kind in linear and n != "lm_head"]
     leaves = list(dict.fromkeys(name.split(".")[-1] for name in inner))
     # all-linear would take experts too, which are not served
     wide = leaves if hasattr(model.config, "num_experts_per_tok") else "all-linear"

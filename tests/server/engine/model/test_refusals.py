@@ -96,7 +96,7 @@ CONFIGS = {
     "attends twice": (hf.DiffLlamaConfig(**SMALL), "more than once"),
     "bidirectional": (
         hf.BertConfig(**{**SMALL, "num_key_value_heads": 4}, is_decoder=False),
-        "neither causal",
+        "not a causal language model",
     ),
     "bidirectional on request": (
         hf.Gemma3TextConfig(**SMALL, head_dim=12, use_bidirectional_attention=True),
@@ -173,7 +173,7 @@ def test_encoder_decoder(tmp_path: Path) -> None:
 
 def test_not_a_language_model(tmp_path: Path) -> None:
     hf.ViTConfig().save_pretrained(tmp_path)
-    assert "vit: no causal language model" in refusal(tmp_path)
+    assert "vit: neither a causal language model nor a known encoder" in refusal(tmp_path)
 
 
 def edit_config(base: Path, **changes: object) -> None:

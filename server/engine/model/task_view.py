@@ -1,0 +1,127 @@
+"""The base as peft saw it when an adapter was made: each task has its own tree of modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from manylora.adapters_store.edits import LoweredAdapter, ModuleShape
+from manylora.adapters_store.files import CONFIG_FILE
+from manylora.adapters_store.format import Checkpoint
+from manylora.adapters_store.head import Head, Problem, Task
+from manylora.adapters_store.lowering import lower, read_task
+from manylora.errors import FailedPrecondition
+from manylora.server.engine.model.heads import HeadForm
+from manylora.server.engine.model.step import StepState
+from manylora.server.engine.types import Rows
+
+
+@dataclass(slots=True, frozen=True)
+class TaskView:
+    """modules: what an adapter of the task may edit, by its name in the task's tree. prefix: what
+    our tree's names have before these. form: the task's head; None if it has none."""
+
+    modules: Mapping[str, ModuleShape]
+    prefix: str
+    form: HeadForm | None
+
+
+@dataclass(slots=True, frozen=True)
+class TaskBase:
+    """What the base is to requests that want no text.
+
+    pad_token_id: that classifiers look for, or None. labels, problem: of the base's own config,
+    for heads that do not say. embedding: the rows of an embedding where the request does not say.
+    head: the base's own, of an encoder that was trained to classify.
+    """
+
+    views: Mapping[Task, TaskView]
+    pad_token_id: int | None
+    labels: tuple[str, ...]
+    problem: Problem | None
+    embedding: Rows
+    head: Head | None = None
+
+
+class PooledModel(Protocol):
+    """The part of a model that requests without text need."""
+
+    @property
+    def tasks(self) -> TaskBase: ...
+
+    @property
+    def step(self) -> StepState: ...
+
+    def run_stems(self, jobs: Sequence[tuple[Task | None, int, Tensor]]) -> list[Tensor]:
+        """What the base itself puts before a head, by task and slot: [k, hidden] for [k, hidden];
+        task None: an embedding, left as it is."""
+
+
+def read_task_base(
+    config: PreTrainedConfig, views: Mapping[Task, TaskView], embedding: Rows
+) -> TaskBase:
+    """config: the model's."""
+    problem = getattr(config, "problem_type", None)
+    return TaskBase(
+        views=views,
+        pad_token_id=getattr(config.get_text_config(), "pad_token_id", None),
+        labels=tuple(str(config.id2label[i]) for i in sorted(config.id2label or {})),
+        problem=None if problem is None else Problem(problem),
+        embedding=embedding,
+    )
+
+
+def make_views(
+    modules: Mapping[str, ModuleShape],
+    base_prefix: str,
+    forms: Mapping[Task, HeadForm],
+    *,
+    generates: bool,
+) -> Mapping[Task, TaskView]:
+    """modules: all of our tree. base_prefix: its name of the base without any head. forms: of the
+    classifiers. generates: whether it is a causal language model's tree."""
+    dotted = f"{base_prefix}."
+    stems = tuple(f"{form.stem}." for form in forms.values() if form.stem)
+    inside = {
+        name: shape
+        for name, shape in modules.items()
+        if name.startswith(dotted) and not name.startswith(stems)
+    }
+    bare = {name.removeprefix(dotted): shape for name, shape in inside.items()}
+    views = {Task.FEATURE_EXTRACTION: TaskView(bare, dotted, None)}
+    if generates:
+        views[Task.CAUSAL_LM] = TaskView(modules, "", None)
+    for task, form in forms.items():
+        stem = {n: s for n, s in modules.items() if form.stem and n.startswith(f"{form.stem}.")}
+        views[task] = TaskView({**inside, **stem}, "", form)
+    return views
+
+
+def lower_for(
+    checkpoint: Checkpoint,
+    views: Mapping[Task, TaskView],
+    parameter: Callable[[str], Tensor | None],
+) -> LoweredAdapter:
+    """The adapter's edits by the names of our tree, and its head, all fitting the base.
+
+    parameter: of our tree. Raises FailedPrecondition for a task that the base does not serve, and
+    what `lower` raises.
+    """
+    task = read_task(checkpoint.config)
+    view = views.get(task)
+    if view is None:
+        raise FailedPrecondition(
+            "the base does not serve adapters for this task",
+            field=f"{CONFIG_FILE}: task_type",
+            found=task.value,
+            wanted=" or ".join(task.value for task in views),
+        )
+    prefix = view.prefix
+    lowered = lower(checkpoint, view.modules, lambda name: parameter(f"{prefix}{name}"))
+    if lowered.head is not None and view.form is not None:
+        view.form.check(lowered.head)
+    return replace(lowered, edits={f"{prefix}{n}": edit for n, edit in lowered.edits.items()})
