@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from manylora.kernels.attention import AttentionBatch, make_batch
-from manylora.kernels.backend import Backend, select
+from manylora.kernels.backend import Backend, empty, select
 from manylora.kernels.plan import Plan, make_plan
 from manylora.kernels.stack import RankStack, make_stack, stack_factors
 from manylora.kernels.table import EditTable, SliceGroup
@@ -19,6 +19,7 @@ __all__ = [
     "Plan",
     "RankStack",
     "SliceGroup",
+    "empty",
     "make_batch",
     "make_plan",
     "make_stack",

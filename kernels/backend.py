@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import os
 import warnings
+from collections.abc import Sequence
 from typing import Protocol, cast
 
 import torch
@@ -145,6 +146,13 @@ def select(device: torch.device | str, name: str | None = None) -> Backend:
         return _named(fast)
     _warn_once(fast, reason)
     return cast(Backend, reference)
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A large tensor that steps read from one end to the other; what is in it is undefined."""
+    if device.type == "cpu":
+        return cpu.huge_empty(shape, dtype)
+    return torch.empty(*shape, dtype=dtype, device=device)
 
 
 def _named(name: str) -> Backend:

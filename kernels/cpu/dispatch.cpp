@@ -5,18 +5,26 @@
 
 #include <stdint.h>
 
+#if defined(MANYLORA_X86)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "attention.h"
+#include "decoder.h"
 #include "parallel.h"
 #include "types.h"
 
 #define MANYLORA_EXPORT extern "C" __attribute__((visibility("default")))
 
 #if defined(MANYLORA_X86)
-#define MANYLORA_BEST(name) {generic::name, avx2::name, avx512bf16::name}
+#define MANYLORA_BEST(name) {generic::name, avx2::name, avx512bf16::name, amx::name}
 #define MANYLORA_DECLARE(name, parameters) \
   namespace generic { void name parameters; } \
   namespace avx2 { void name parameters; } \
-  namespace avx512bf16 { void name parameters; }
+  namespace avx512bf16 { void name parameters; } \
+  namespace amx { void name parameters; }
 #else
 #define MANYLORA_BEST(name) {generic::name}
 #define MANYLORA_DECLARE(name, parameters) \
@@ -33,7 +41,20 @@
 namespace manylora {
 
 Pool pool = {nullptr, nullptr};
+thread_local Team* team = nullptr;
 static int32_t isa = 0;
+
+#if defined(MANYLORA_X86)
+// Linux lets a process use AMX tiles once it has asked for them.
+static bool has_tiles() {
+  constexpr unsigned kTile = 1u << 24, kBFloat16 = 1u << 22;  // of cpuid 7, EDX
+  constexpr int kAskFor = 0x1023, kTileData = 18;             // ARCH_REQ_XCOMP_PERM
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  if ((d & kTile) == 0 || (d & kBFloat16) == 0) return false;
+  return syscall(SYS_arch_prctl, kAskFor, kTileData) == 0;
+}
+#endif
 
 static bool runs_here(int32_t index) {
 #if defined(MANYLORA_X86)
@@ -45,6 +66,7 @@ static bool runs_here(int32_t index) {
     return runs_here(1) && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bf16");
   }
+  if (index == 3) return runs_here(2) && has_tiles();
 #endif
   return index == 0;
 }
@@ -53,9 +75,9 @@ static bool runs_here(int32_t index) {
 
 // Name of ISA `index`, slowest first, or null past the last one this library was built with.
 MANYLORA_EXPORT const char* manylora_isa_name(int32_t index) {
-  static const char* const names[] = {"generic", "avx2", "avx512bf16"};
+  static const char* const names[] = {"generic", "avx2", "avx512bf16", "amx"};
 #if defined(MANYLORA_X86)
-  return index >= 0 && index < 3 ? names[index] : nullptr;
+  return index >= 0 && index < 4 ? names[index] : nullptr;
 #else
   return index == 0 ? names[0] : nullptr;
 #endif
@@ -134,3 +156,13 @@ MANYLORA_KERNEL(low_rank_backward,
                  int64_t factor_dtype),
                 (dx, dx_stride, da, dbt, dy, dy_stride, x, x_stride, a, bt, in, out, hidden, slots,
                  max_rank, starts, scale, plan, dtype, factor_dtype))
+
+MANYLORA_KERNEL(linear,
+                (void* y, int64_t y_stride, const void* x, int64_t x_stride, int64_t rows,
+                 const void* weight, const void* bias, int64_t in, int64_t out),
+                (y, y_stride, x, x_stride, rows, weight, bias, in, out))
+
+MANYLORA_KERNEL(decoder_layers,
+                (const manylora::DecoderStep* step, const manylora::DecoderLayer* layers,
+                 int64_t count),
+                (step, layers, count))

@@ -2,7 +2,7 @@
 
 The library is built by an install of the package, or in place from the repository's root with
 `cmake -S . -B build -DCMAKE_BUILD_TYPE=Release && cmake --build build`. The environment variable
-MANYLORA_ISA (generic, avx2, avx512bf16) overrides the choice of the fastest ISA that runs here.
+MANYLORA_ISA (generic, avx2, avx512bf16, amx) overrides the choice of the fastest that runs here.
 """
 
 from __future__ import annotations

@@ -3,6 +3,11 @@
 // A kernel cuts its work into tasks and every thread draws the next task from one counter, so a
 // slow thread does not hold up the others. Tasks are drawn in order, which lets a task wait for
 // one with a smaller number: that one is finished or being worked on.
+//
+// Several kernels in a row can share one parallel region of torch's: `as_team` runs a program on
+// one of the region's threads, the leader, and the others stand by for the program's kernels. The
+// leader waits for those only that have begun a task, so a thread that the system has taken off
+// its core, as a busy server's do, holds up nobody; torch's own region waits for all, each time.
 
 #pragma once
 
@@ -19,6 +24,17 @@ struct Pool {
   ThreadCount thread_count;
 };
 extern Pool pool;  // in dispatch.cpp
+
+// What the leader and its helpers share. epoch is odd while a job is open.
+struct Team {
+  RangeFn job;
+  void* context;
+  int64_t epoch;
+  int64_t inside;  // helpers that may be using the job
+  int32_t closed;
+  int32_t leaders;
+};
+extern thread_local Team* team;  // the leader's; in dispatch.cpp
 
 namespace MANYLORA_ISA {
 
@@ -53,6 +69,54 @@ struct Draw {
   }
 };
 
+// The leader's part of a job: opens it, does what it can, and waits for those who are inside.
+static inline void run_job(Team& t, RangeFn job, void* context) {
+  t.job = job;
+  t.context = context;
+  __atomic_fetch_add(&t.epoch, 1, __ATOMIC_SEQ_CST);
+  job(0, 0, context);
+  __atomic_fetch_add(&t.epoch, 1, __ATOMIC_SEQ_CST);
+  while (__atomic_load_n(&t.inside, __ATOMIC_SEQ_CST) != 0) relax();
+}
+
+// A helper's part: joins each job that it finds open, until the team is closed.
+static inline void help(Team& t) {
+  int64_t done = 0;  // the epoch of the job last helped with
+  while (!__atomic_load_n(&t.closed, __ATOMIC_ACQUIRE)) {
+    const int64_t epoch = __atomic_load_n(&t.epoch, __ATOMIC_SEQ_CST);
+    if (epoch % 2 == 0 || epoch == done) {
+      relax();
+      continue;
+    }
+    __atomic_fetch_add(&t.inside, 1, __ATOMIC_SEQ_CST);
+    // Inside, a job that is still open stays valid until this thread leaves.
+    if (__atomic_load_n(&t.epoch, __ATOMIC_SEQ_CST) == epoch) t.job(0, 0, t.context);
+    __atomic_fetch_sub(&t.inside, 1, __ATOMIC_SEQ_CST);
+    done = epoch;
+  }
+}
+
+// Calls program() on one thread; parallel_tasks within it use the others of one region.
+template <class Program>
+static void as_team(const Program& program) {
+  struct Region {
+    const Program& program;
+    Team shared;
+    static void run(int64_t, int64_t, void* context) {
+      Region& region = *static_cast<Region*>(context);
+      if (__atomic_fetch_add(&region.shared.leaders, 1, __ATOMIC_SEQ_CST) > 0) {
+        return help(region.shared);
+      }
+      team = &region.shared;
+      region.program();
+      team = nullptr;
+      __atomic_store_n(&region.shared.closed, 1, __ATOMIC_RELEASE);
+    }
+  } region{program, {}};
+  const int64_t workers = threads();
+  if (workers == 1 || pool.parallel_for(0, workers, 1, &Region::run, &region) != 0) program();
+}
+
 // Calls task(i) once for each i in [0, tasks), on at most `workers` threads.
 template <class Task>
 static void parallel_tasks(int64_t tasks, int64_t workers, const Task& task) {
@@ -62,6 +126,7 @@ static void parallel_tasks(int64_t tasks, int64_t workers, const Task& task) {
     return;
   }
   Draw<Task> draw{task, tasks, 0};
+  if (team != nullptr) return run_job(*team, &Draw<Task>::run, &draw);
   if (pool.parallel_for(0, workers, 1, &Draw<Task>::run, &draw) != 0) Draw<Task>::run(0, 0, &draw);
 }
 

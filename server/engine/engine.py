@@ -391,8 +391,8 @@ class Engine:
         model.attach_cache(
             [
                 (
-                    torch.empty(shape, dtype=dtype, device=self.device),
-                    torch.empty(shape, dtype=dtype, device=self.device),
+                    kernels.empty(shape, dtype, self.device),
+                    kernels.empty(shape, dtype, self.device),
                 )
                 for shape in shapes
             ]

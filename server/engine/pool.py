@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from manylora.kernels import empty
+
 
 @dataclass(slots=True, order=True)
 class Arena:
@@ -20,7 +22,7 @@ class Pool:
     """First-fit arenas in one flat tensor [elements] of the base model's dtype."""
 
     def __init__(self, bytes: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.tensor = torch.empty(bytes // dtype.itemsize, dtype=dtype, device=device)
+        self.tensor = empty((bytes // dtype.itemsize,), dtype, device)
         self._arenas: list[Arena] = []  # by start
 
     @property

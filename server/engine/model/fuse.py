@@ -25,9 +25,10 @@ from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
-from manylora.kernels import SliceGroup
+from manylora.kernels import SliceGroup, cpu
 from manylora.server.engine.model.adapt import AdaptedHead, AdaptedLinear, AdaptedNorm
 from manylora.server.engine.model.attach import LayerAttention
+from manylora.server.engine.model.stack import DecoderStack, make_stack
 from manylora.server.engine.model.step import StepState
 
 FUSABLE = {
@@ -66,18 +67,23 @@ def fuse(
         return {}
     names = {module: name for name, module in model.named_modules()}
     packed: dict[str, PackedRows] = {}
+    arena = cpu.HugeArena()
     eps = float(model.config.get_text_config(decoder=True).rms_norm_eps)
     for i, attention in enumerate(layers):
         base = found[i]
-        layer = FusedLayer(base, attention, gated, eps, step)
+        layer = FusedLayer(base, attention, gated, eps, step, arena)
         found[i] = layer
         attention.call = replace(attention.call, module=layer)
         for group, projection in zip(_groups(base), layer.projections, strict=True):
             packed |= {names[m]: rows for m, rows in zip(group, projection.rows(), strict=True)}
+    fused: list[FusedLayer] = list(found)  # type: ignore[arg-type]
+    stack = make_stack(fused, step)
+    for layer in fused:
+        layer.stack = stack
     decoder.rotary_emb = HalfRotary(decoder.rotary_emb)
     for name, module in list(model.named_modules()):
         if type(module) is AdaptedHead:
-            model.set_submodule(name, FusedHead(module))
+            model.set_submodule(name, FusedHead(module, arena))
     return packed
 
 
@@ -91,7 +97,7 @@ class PackedRows:
 
     def weight(self) -> Tensor:
         """[out, in], a copy or a view."""
-        return self.projection.weight().narrow(0, self.start, self.size)
+        return self.projection.product.weight(self.start, self.size)
 
     def bias(self) -> Tensor | None:
         """[out], a view; None if the module has none."""
@@ -105,7 +111,9 @@ class Projection:
     [rows, in] → [rows, sum of the modules' outs]. Copies the modules' weights.
     """
 
-    def __init__(self, modules: Sequence[AdaptedLinear], step: StepState) -> None:
+    def __init__(
+        self, modules: Sequence[AdaptedLinear], step: StepState, arena: cpu.HugeArena
+    ) -> None:
         sizes = [module.weight.shape[0] for module in modules]
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
         ids = [module.group.modules[0] for module in modules]
@@ -113,17 +121,13 @@ class Projection:
         self.step = step
         biases: list[Tensor] = [module.bias for module in modules if module.bias is not None]
         weights: list[Tensor] = [module.weight for module in modules]
-        self.product = PackedProduct(torch.cat(weights), torch.cat(biases) if biases else None)
+        bias = torch.cat(biases) if biases else None
+        self.product = PackedProduct(torch.cat(weights), bias, arena)
 
     def rows(self) -> list[PackedRows]:
         """Each module's part, in the order given."""
         group = self.group
         return [PackedRows(self, *at) for at in zip(group.starts, group.sizes, strict=True)]
-
-    def weight(self) -> Tensor:
-        """[sum of outs, in]."""
-        weight = self.product.weight
-        return weight.to_dense() if weight.is_mkldnn else weight
 
     def __call__(self, x: Tensor) -> Tensor:
         step = self.step
@@ -155,46 +159,40 @@ class Projection:
 
 
 class PackedProduct:
-    """x [rows, in] → x W^T + b, with the weight [out, in] reordered once for oneDNN where torch
-    can (private names, so looked for), else plain."""
+    """x [rows, in] → x W^T + b, by our own kernel where it can pack the weight [out, in], else
+    torch's."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self.weight, self.bias = weight.detach(), bias
-        self._linear: Callable[[Tensor], Tensor] = self._plain
-        if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and _onednn_bfloat16():
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight)
-            self._linear = self._reordered
+    def __init__(self, weight: Tensor, bias: Tensor | None, arena: cpu.HugeArena) -> None:
+        self.bias = bias
+        self.in_size = weight.shape[1]
+        self.packed = cpu.PackedWeight(weight, arena) if cpu.packs(weight) else None
+        self._plain = None if self.packed else weight.detach()
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._linear(x)
+        if self._plain is None:
+            assert self.packed is not None
+            return cpu.linear(x, self.packed, self.bias)
+        return F.linear(x, self._plain, self.bias)
 
-    def _plain(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
-
-    def _reordered(self, x: Tensor) -> Tensor:
-        linear = torch.ops.mkldnn._linear_pointwise
-        y: Tensor = linear(x, self.weight, self.bias, "none", [], "")
-        return y
-
-
-def _onednn_bfloat16() -> bool:
-    names = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")
-    if not all(hasattr(torch.ops.mkldnn, name) for name in names):
-        return False
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    def weight(self, start: int, size: int) -> Tensor:
+        """Rows of the weight: [size, in], a copy or a view."""
+        if self._plain is None:
+            assert self.packed is not None
+            return self.packed.unpack(start, size)
+        return self._plain.narrow(0, start, size)
 
 
 class FusedHead(AdaptedHead):
-    """The head with a reordered weight."""
+    """The head with a packed weight."""
 
-    def __init__(self, head: AdaptedHead) -> None:
+    def __init__(self, head: AdaptedHead, arena: cpu.HugeArena) -> None:
         nn.Module.__init__(self)
         self.weight, self.bias = head.weight, head.bias
         self.group, self.step = head.group, head.step
-        self._product = PackedProduct(head.weight, head.bias)
+        self._product = PackedProduct(head.weight, head.bias, arena)
 
     def product(self, x: Tensor) -> Tensor:
-        return self._product(x)
+        return torch.unflatten(self._product(x.flatten(0, -2)), 0, x.shape[:-1])
 
 
 class HalfRotary(nn.Module):
@@ -241,13 +239,19 @@ class FusedLayer(nn.Module):
     """One decoder layer over a flat batch."""
 
     def __init__(
-        self, base: Any, attention: LayerAttention, gated: Gated, eps: float, step: StepState
+        self,
+        base: Any,
+        attention: LayerAttention,
+        gated: Gated,
+        eps: float,
+        step: StepState,
+        arena: cpu.HugeArena,
     ) -> None:
         super().__init__()
         self.attention = attention
         self.step = step
         self.gated = gated
-        self.projections = tuple(Projection(group, step) for group in _groups(base))
+        self.projections = tuple(Projection(group, step, arena) for group in _groups(base))
         self.qkv, self.o, self.gate_up, self.down = self.projections
         offset = 1.0 if type(base) in GEMMA else 0.0
         norms: dict[str, FusedNorm] = {}
@@ -264,6 +268,8 @@ class FusedLayer(nn.Module):
             self.after_attention = norms["post_attention_layernorm"]
             self.before_mlp = norms["pre_feedforward_layernorm"]
             self.after_mlp = norms["post_feedforward_layernorm"]
+        self.norms = (self.before_attention, self.after_attention, self.before_mlp, self.after_mlp)
+        self.stack: DecoderStack | None = None
 
     def forward(
         self,
@@ -273,6 +279,11 @@ class FusedLayer(nn.Module):
     ) -> Tensor:
         """hidden_states: [1, rows, hidden], updated in place and returned."""
         x = hidden_states[0]
+        if (stack := self.stack) is not None:
+            if self is stack.layers[0] and stack.begin():
+                stack.run_(x, position_embeddings)
+            if stack.active:
+                return hidden_states
         normed = self.before_attention(x)[0]
         y = self.o(self._attend(self.qkv(normed), position_embeddings))
         if self.after_attention is not None:

@@ -1,0 +1,79 @@
+// One step through a stack of decoder layers: the other kernels in a row, without going back to
+// Python in between, and in one parallel region.
+
+#include "decoder.h"
+#include "parallel.h"
+#include "product.h"
+#include "rows.h"
+#include "types.h"
+
+namespace manylora {
+namespace MANYLORA_ISA {
+
+void apply_edits(void* y, int64_t y_stride, const void* x, int64_t x_stride, int64_t in,
+                 int32_t dtype, const void* pool, const int32_t* group, const void* table,
+                 const int32_t* plan);
+void rotary_write_kv(void* qkv, int64_t stride, const void* cos, const void* sin, int64_t half,
+                     void* k_cache, void* v_cache, const Batch* batch, const AttentionLayer* layer);
+void paged_attention(void* out, const void* q, int64_t q_row_stride, int64_t q_head_stride,
+                     const void* k_cache, const void* v_cache, const Batch* batch,
+                     const AttentionLayer* layer);
+void rms_norm(void* out, const void* x, int64_t x_stride, void* residual, const void* weight,
+              int64_t rows, int64_t size, float eps, float offset, int64_t dtype);
+void act_mul(void* out, const void* x, int64_t x_stride, int64_t rows, int64_t size,
+             int64_t activation, int64_t dtype);
+
+namespace {
+
+void project(const DecoderStep& s, const DecoderProjection& p, const void* x, void* y) {
+  linear(y, p.out, x, p.in, s.rows, p.weight, p.bias, p.in, p.out);
+  if (s.plan == nullptr) return;
+  apply_edits(y, p.out, x, p.in, p.in, kBFloat16, s.pool, p.group, s.table, s.plan);
+}
+
+// y = its norm, where there is a weight.
+void norm(const DecoderStep& s, void* y, const void* weight, int64_t size) {
+  if (weight == nullptr) return;
+  rms_norm(y, y, size, nullptr, weight, s.rows, size, s.eps, s.offset, kBFloat16);
+}
+
+// x += y, rounded once.
+void add_rows(const DecoderStep& s, const void* y, int64_t size) {
+  bf16* const to = static_cast<bf16*>(s.x);
+  const bf16* const from = static_cast<const bf16*>(y);
+  each_row(s.rows, size, [&](int64_t row) {
+    each_vec(size, [&](int64_t i, auto part) {
+      const int64_t at = row * size + i;
+      store(to + at, add(load(to + at, part), load(from + at, part)), part);
+    });
+  });
+}
+
+void run_layer(const DecoderStep& s, const DecoderLayer& l) {
+  const int64_t hidden = l.qkv.in, d = l.attention->head_dim;
+  rms_norm(s.normed, s.x, hidden, nullptr, l.before_attention, s.rows, hidden, s.eps, s.offset,
+           kBFloat16);
+  project(s, l.qkv, s.normed, s.qkv);
+  rotary_write_kv(s.qkv, l.qkv.out, s.cos, s.sin, s.half, l.k_cache, l.v_cache, s.batch,
+                  l.attention);
+  paged_attention(s.mixed, s.qkv, l.qkv.out, d, l.k_cache, l.v_cache, s.batch, l.attention);
+  project(s, l.o, s.mixed, s.y);
+  norm(s, s.y, l.after_attention, hidden);
+  rms_norm(s.normed, s.y, hidden, s.x, l.before_mlp, s.rows, hidden, s.eps, s.offset, kBFloat16);
+  project(s, l.gate_up, s.normed, s.gate_up);
+  act_mul(s.gated, s.gate_up, l.gate_up.out, s.rows, l.down.in, s.activation, kBFloat16);
+  project(s, l.down, s.gated, s.y);
+  norm(s, s.y, l.after_mlp, hidden);
+  add_rows(s, s.y, hidden);
+}
+
+}  // namespace
+
+void decoder_layers(const DecoderStep* step, const DecoderLayer* layers, int64_t count) {
+  as_team([&] {
+    for (int64_t i = 0; i < count; ++i) run_layer(*step, layers[i]);
+  });
+}
+
+}  // namespace MANYLORA_ISA
+}  // namespace manylora

@@ -1,0 +1,172 @@
+"""A stack of decoder layers in one call: what decoder.h describes."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import c_float, c_int64, c_void_p
+from dataclasses import dataclass
+
+import torch
+
+from manylora.kernels.attention import AttentionBatch
+from manylora.kernels.cpu import library
+from manylora.kernels.cpu.attention import Layer
+from manylora.kernels.cpu.library import INT64
+from manylora.kernels.cpu.product import PackedWeight
+from manylora.kernels.plan import Plan
+from manylora.kernels.table import EditTable, SliceGroup
+
+_decoder_layers = library.kernel("decoder_layers", c_void_p, c_void_p, INT64)
+
+
+@dataclass(slots=True, frozen=True)
+class DecoderProjection:
+    """One packed product and the modules whose edits follow it. bias: bfloat16 [out]."""
+
+    weight: PackedWeight
+    bias: torch.Tensor | None
+    group: SliceGroup
+
+
+@dataclass(slots=True, frozen=True)
+class DecoderLayer:
+    """One layer: projections qkv, o, gate_up and down; norms before and after attention, before
+    and after the MLP (bfloat16 [hidden], None where there is none); its caches, and how it attends.
+    """
+
+    projections: Sequence[DecoderProjection]
+    norms: Sequence[torch.Tensor | None]
+    k_cache: torch.Tensor
+    v_cache: torch.Tensor
+    attention: Layer
+
+
+class _Projection(ctypes.Structure):
+    _fields_ = (
+        ("weight", c_void_p),
+        ("bias", c_void_p),
+        ("in_size", c_int64),
+        ("out_size", c_int64),
+        ("group", c_void_p),
+    )
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        ("projections", _Projection * 4),
+        ("norms", c_void_p * 4),
+        ("k_cache", c_void_p),
+        ("v_cache", c_void_p),
+        ("attention", c_void_p),
+    )
+
+
+class _Step(ctypes.Structure):
+    _fields_ = (
+        ("rows", c_int64),
+        *((name, c_void_p) for name in ("x", "normed", "y", "qkv", "mixed", "gate_up", "gated")),
+        *((name, c_void_p) for name in ("pool", "table", "plan", "batch", "cos", "sin")),
+        ("half", c_int64),
+        ("activation", c_int64),
+        ("eps", c_float),
+        ("offset", c_float),
+    )
+
+
+class DecoderLayers:
+    """The layers as the kernel reads them. activation: 0 SiLU, 1 GELU by tanh, 2 GELU. eps,
+    offset: of all norms, as `rms_norm`'s."""
+
+    def __init__(
+        self, layers: Sequence[DecoderLayer], activation: int, eps: float, offset: float
+    ) -> None:
+        self._layers = tuple(layers)  # keeps alive what the array points at
+        self._array = (_Layer * len(self._layers))(*map(_words, self._layers))
+        self._fixed = (activation, eps, offset)
+        qkv, o, gate_up, down = (p.weight for p in self._layers[0].projections)
+        hidden = qkv.in_size
+        self._widths = (hidden, hidden, qkv.out_size, o.in_size, gate_up.out_size, down.in_size)
+
+    def run_(
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        pool: torch.Tensor,
+        table: EditTable,
+        plan: Plan,
+        batch: AttentionBatch,
+    ) -> None:
+        """One step, x in place; writes the rows' keys and values. No row's adapter may scale a
+        module's input: products are taken of x as it is.
+
+        Args:
+            x: bfloat16 [rows, hidden]. cos, sin: float32 [rows, half].
+
+        Raises:
+            ValueError: tensors that do not fit the layers, the plan or the batch.
+        """
+        rows, hidden = x.shape
+        if (
+            hidden != self._widths[0]
+            or x.dtype != torch.bfloat16
+            or not x.is_contiguous()
+            or not cos.is_contiguous()
+            or not sin.is_contiguous()
+            or cos.shape != sin.shape
+            or len(cos) != rows
+            or cos.dtype != torch.float32
+            or sin.dtype != torch.float32
+            or rows != batch.rows
+            or rows != plan.rows
+            or plan.max_slot >= table.slots
+        ):
+            raise ValueError(
+                f"decoder_layers: wanted x bfloat16 [{batch.rows}, {self._widths[0]}], cos and sin "
+                f"float32 of as many rows; found x {tuple(x.shape)} {x.dtype}, cos "
+                f"{tuple(cos.shape)} {cos.dtype}, plan of {plan.rows} rows and slots to "
+                f"{plan.max_slot}, table of {table.slots} slots"
+            )
+        buffers = [torch.empty(rows, width, dtype=torch.bfloat16) for width in self._widths]
+        activation, eps, offset = self._fixed
+        step = _Step(
+            rows,
+            x.data_ptr(),
+            *(buffer.data_ptr() for buffer in buffers),
+            pool.data_ptr(),
+            table.address,
+            None if plan.empty else plan.address,
+            batch.address,
+            cos.data_ptr(),
+            sin.data_ptr(),
+            cos.shape[1],
+            activation,
+            eps,
+            offset,
+        )
+        _decoder_layers(ctypes.addressof(step), ctypes.addressof(self._array), len(self._array))
+
+
+def _words(layer: DecoderLayer) -> _Layer:
+    projections = [
+        _Projection(
+            p.weight.panels.data_ptr(),
+            _address(p.bias),
+            p.weight.in_size,
+            p.weight.out_size,
+            p.group.address,
+        )
+        for p in layer.projections
+    ]
+    return _Layer(
+        (_Projection * 4)(*projections),
+        (c_void_p * 4)(*map(_address, layer.norms)),
+        layer.k_cache.data_ptr(),
+        layer.v_cache.data_ptr(),
+        layer.attention.address,
+    )
+
+
+def _address(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

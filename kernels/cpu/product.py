@@ -1,0 +1,98 @@
+"""The base's products on the CPU: weights packed once, for product.cpp."""
+
+from __future__ import annotations
+
+from ctypes import c_void_p
+
+import torch
+
+from manylora.kernels.cpu import library
+from manylora.kernels.cpu.library import INT64
+from manylora.kernels.cpu.memory import HugeArena
+
+_PANEL = 16
+_DEPTH = 32
+_ISAS = ("avx512bf16", "amx")
+
+_linear = library.kernel(
+    "linear",
+    *(c_void_p, INT64, c_void_p, INT64, INT64),  # y, stride, x, stride, rows
+    *(c_void_p, c_void_p, INT64, INT64),  # weight, bias, in, out
+)
+
+
+class PackedWeight:
+    """A weight [out, in] as the product streams it: panels of 16 outputs, [in / 2][16][2] each, the
+    last one padded with zeros.
+
+    panels: bfloat16 [ceil(out / 16), in / 2, 16, 2], in huge pages. out_size, in_size.
+    """
+
+    def __init__(self, weight: torch.Tensor, arena: HugeArena) -> None:
+        self.out_size, self.in_size = weight.shape
+        count = -(-self.out_size // _PANEL)
+        self.panels = arena.empty((count, self.in_size // 2, _PANEL, 2), torch.bfloat16)
+        whole = self.out_size // _PANEL
+        self._fill(self.panels[:whole], weight[: whole * _PANEL])
+        if whole < count:
+            last = torch.zeros(_PANEL, self.in_size, dtype=torch.bfloat16)
+            last[: self.out_size - whole * _PANEL] = weight[whole * _PANEL :]
+            self._fill(self.panels[whole:], last)
+
+    def _fill(self, panels: torch.Tensor, weight: torch.Tensor) -> None:
+        panels.copy_(weight.view(-1, _PANEL, self.in_size // 2, 2).transpose(1, 2))
+
+    def unpack(self, start: int = 0, size: int | None = None) -> torch.Tensor:
+        """Rows of the weight again: a copy, [size, in]."""
+        end = self.out_size if size is None else start + size
+        first = start // _PANEL
+        panels = self.panels[first : -(-end // _PANEL)]
+        rows = panels.transpose(1, 2).reshape(-1, self.in_size)
+        return rows[start - first * _PANEL : end - first * _PANEL]
+
+
+def packs(weight: torch.Tensor) -> bool:
+    """Whether `PackedWeight` can be made of a weight [out, in], and multiplied on this machine."""
+    return (
+        library.available()
+        and library.current_isa() in _ISAS
+        and weight.device.type == "cpu"
+        and weight.dtype == torch.bfloat16
+        and weight.shape[1] % _DEPTH == 0
+    )
+
+
+def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x W^T + bias, summed in float32 and rounded once.
+
+    A row's bits do not depend on the other rows.
+
+    Args:
+        x: bfloat16 [rows, in], may have a row stride. bias: bfloat16 [out].
+
+    Raises:
+        ValueError: tensors that do not fit each other.
+    """
+    rows, in_size = x.shape
+    stride, step = x.stride()
+    out_size = weight.out_size
+    fits = bias is None or (bias.dtype == torch.bfloat16 and bias.shape == (out_size,))
+    if x.dtype != torch.bfloat16 or in_size != weight.in_size or step != 1 or not fits:
+        raise ValueError(
+            f"linear: wanted x bfloat16 [rows, {weight.in_size}] with contiguous rows and a bias "
+            f"bfloat16 [{out_size}]; found x {tuple(x.shape)} {x.stride()} {x.dtype}, "
+            f"bias {None if bias is None else (tuple(bias.shape), bias.dtype)}"
+        )
+    y = torch.empty(rows, out_size, dtype=torch.bfloat16)
+    _linear(
+        y.data_ptr(),
+        out_size,
+        x.data_ptr(),
+        stride,
+        rows,
+        weight.panels.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        in_size,
+        out_size,
+    )
+    return y

@@ -1,0 +1,89 @@
+"""All fused layers of a step in one call, where the CPU's kernels hold all their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from manylora.kernels import cpu
+from manylora.kernels.cpu import attention
+from manylora.server.engine.model.step import StepState
+
+if TYPE_CHECKING:
+    from manylora.server.engine.model.fuse import FusedLayer
+
+
+class DecoderStack:
+    """Runs the layers' C++ twin. Each layer by itself remains for steps that it cannot run."""
+
+    def __init__(self, layers: Sequence[FusedLayer], activation: int, step: StepState) -> None:
+        self.layers = layers
+        self.activation = activation
+        self.step = step
+        self.active = False
+        self._cache: Tensor | None = None
+        self._built: cpu.DecoderLayers | None = None
+
+    def begin(self) -> bool:
+        """Whether this step can be run whole: no row's adapter replaces a module's parameters or
+        scales its input."""
+        step = self.step
+        scaled = not step.plan.empty and bool(step.table.in_scaled[step.plan.slots].any())
+        self.active = not step.overridden and not scaled
+        return self.active
+
+    def run_(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> None:
+        """x: [rows, hidden], in place."""
+        step, cache = self.step, self.layers[0].attention.k_cache
+        if self._built is None or self._cache is not cache:
+            self._built, self._cache = self._build(), cache
+        cos, sin = rotary
+        self._built.run_(x, cos, sin, step.pool, step.table, step.plan, step.attention)
+
+    def _build(self) -> cpu.DecoderLayers:
+        first = self.layers[0].before_attention
+        layers = [_layer(layer) for layer in self.layers]
+        return cpu.DecoderLayers(layers, self.activation, first.eps, first.offset)
+
+
+def make_stack(layers: Sequence[FusedLayer], step: StepState) -> DecoderStack | None:
+    """None where a layer's weights are not packed, or other kernels are wanted."""
+    products = [p.product.packed for layer in layers for p in layer.projections]
+    norms = [norm for layer in layers for norm in layer.norms if norm is not None]
+    plain = all(norm.weight.dtype == torch.bfloat16 for norm in norms)
+    if step.kernels.NAME != cpu.NAME or None in products or not plain:
+        return None
+    gated = layers[0].gated
+    approximate = gated.keywords["approximate"] if isinstance(gated, partial) else "silu"
+    return DecoderStack(layers, {"silu": 0, "tanh": 1, "none": 2}[approximate], step)
+
+
+def _layer(layer: FusedLayer) -> cpu.DecoderLayer:
+    call, k_cache, v_cache = layer.attention.call, layer.attention.k_cache, layer.attention.v_cache
+    projections = []
+    for projection in layer.projections:
+        product = projection.product
+        assert product.packed is not None
+        projections.append(cpu.DecoderProjection(product.packed, product.bias, projection.group))
+    return cpu.DecoderLayer(
+        projections,
+        [None if norm is None else norm.weight for norm in layer.norms],
+        k_cache,
+        v_cache,
+        attention.layer(
+            layer.o.product.in_size // call.head_dim,
+            call.head_dim,
+            k_cache.shape,
+            v_cache.shape,
+            (torch.bfloat16, k_cache.dtype, v_cache.dtype),
+            call.scale,
+            call.window,
+            call.softcap,
+            0 if call.slopes is None else call.slopes.data_ptr(),
+            0 if call.sinks is None else call.sinks.data_ptr(),
+        ),
+    )
