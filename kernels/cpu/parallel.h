@@ -114,7 +114,8 @@ static void as_team(const Program& program) {
     }
   } region{program, {}};
   const int64_t workers = threads();
-  if (workers == 1 || pool.parallel_for(0, workers, 1, &Region::run, &region) != 0) program();
+  if (workers > 1) pool.parallel_for(0, workers, 1, &Region::run, &region);
+  if (region.shared.leaders == 0) program();
 }
 
 // Calls task(i) once for each i in [0, tasks), on at most `workers` threads.

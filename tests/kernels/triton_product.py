@@ -89,7 +89,9 @@ def test_against_the_reference(dtype: torch.dtype, rows: int, in_size: int) -> N
     setting = Setting(dtype, in_size, row_slots(rows))
     found, wanted = setting.found(), setting.wanted()
     assert found.dtype == dtype
-    torch.testing.assert_close(found.float(), wanted, rtol=UNIT[dtype], atol=4 * UNIT[dtype])
+    order = in_size * 2**-24  # float32 sums of as many terms, in another order
+    atol = max(4 * UNIT[dtype], order)
+    torch.testing.assert_close(found.float(), wanted, rtol=UNIT[dtype], atol=atol)
 
 
 def test_a_poisoned_neighbour_stays_alone() -> None:

@@ -35,7 +35,7 @@ STATS = EngineStats(
     slots_total=8,
     slots_used=3,
 )
-INFO = ModelInfo("base", "LlamaForCausalLM", "float32", "cpu", "cpu/avx2", 128, 256, 14)
+INFO = ModelInfo("base", "LlamaForCausalLM", "float32", "cpu", "cpu/avx2", 128, 256, 14, True, ())
 
 
 def _key(name: str, version: int = 1) -> AdapterKey:
