@@ -81,13 +81,19 @@ async def test_encoders_equal_peft(arch: str, tmp_path: Path) -> None:
             ),
             ("FEATURE_EXTRACTION", "", prompt(20, 25)),
         ]
-        answers = await asyncio.gather(
-            *(
-                house.pool(ids, name, kinds[task][0], rows=kinds[task][1])
-                for task, name, ids in asked
+        together = False
+        for _ in range(20):  # at first each may come as its adapter does
+            house.seen.steps.clear()
+            answers = await asyncio.gather(
+                *(
+                    house.pool(ids, name, kinds[task][0], rows=kinds[task][1])
+                    for task, name, ids in asked
+                )
             )
-        )
-        assert len(house.seen.steps) < len(asked)  # they did ride together
+            together = together or max(step.sequences for step in house.seen.steps) > 2
+            if together:
+                break
+        assert together
         for (task, name, ids), answer in zip(asked, answers, strict=True):
             right = peft_answer(base, made.get(name), task, ids)
             if task == "FEATURE_EXTRACTION":
