@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from manylora.errors import InvalidArgument, ManyloraError
 from manylora.server.engine.residency import ResidencyManager
-from manylora.server.engine.scheduler import Chunk
+from manylora.server.engine.scheduler import Chunk, take_failed
 from manylora.server.engine.sequence import Gathered, Sequence
 
 
@@ -49,7 +49,7 @@ class EncoderScheduler:
         """This step's sequences, in the order of their arrival but for those whose adapter is not
         there yet; and those that cannot run (already removed)."""
         self._residency.want([s.request.adapter for s in self.waiting if s.request.adapter])
-        failed = self._take_failed()
+        failed = take_failed(self.waiting, self._residency)
         chunks: list[Chunk] = []
         passed: list[Sequence] = []
         budget = self._max_batch_tokens
@@ -90,13 +90,6 @@ class EncoderScheduler:
         if sequence.request.adapter is not None:
             sequence.slot = self._residency.acquire(sequence.digest)
         self.running.append(sequence)
-
-    def _take_failed(self) -> list[tuple[Sequence, ManyloraError]]:
-        """Takes out the waiting sequences whose adapter could not be loaded."""
-        errors = self._residency.take_failures()
-        failed = [(s, errors[s.digest]) for s in self.waiting if s.digest in errors]
-        self.waiting = deque(s for s in self.waiting if s.digest not in errors)
-        return failed
 
     def _too_long(self, sequence: Sequence) -> InvalidArgument | None:
         """Once its adapter is resident: gives the sequence the adapter's own tokens."""

@@ -140,7 +140,7 @@ class Scheduler:
         passed: list[Sequence] = []
         kept_out: list[Sequence] = []  # of these, the ones that lack room
         self._residency.want([s.request.adapter for s in self.waiting if s.request.adapter])
-        failed = self._take_failed()
+        failed = take_failed(self.waiting, self._residency)
         while self.waiting and budget > 0 and len(self.running) < self._max_sequences:
             sequence = self.waiting[0]
             if not self._residency.ready(sequence.request.adapter):
@@ -162,15 +162,6 @@ class Scheduler:
             chunks.append(Chunk(sequence, sequence.computed, count))
             budget -= count
         self.waiting.extendleft(reversed(passed))
-        return failed
-
-    def _take_failed(self) -> list[tuple[Sequence, ManyloraError]]:
-        """Takes out the waiting sequences whose adapter could not be loaded."""
-        errors = self._residency.take_failures()
-        if not errors:
-            return []
-        failed = [(s, errors[s.digest]) for s in self.waiting if s.digest in errors]
-        self.waiting = deque(s for s in self.waiting if s.digest not in errors)
         return failed
 
     def _too_long(self, sequence: Sequence) -> InvalidArgument | None:
@@ -218,3 +209,14 @@ class Scheduler:
         self._write_prefix(prefix, blocks.blocks, cached)
         self._blocks.register(blocks, sequence.tokens, prefix.tokens)
         return prefix.tokens
+
+
+def take_failed(
+    waiting: deque[Sequence], residency: ResidencyManager
+) -> list[tuple[Sequence, ManyloraError]]:
+    """Takes out the waiting sequences whose adapter could not be loaded."""
+    errors = residency.take_failures()
+    failed = [(s, errors[s.digest]) for s in waiting if s.digest in errors]
+    for sequence, _ in failed:
+        waiting.remove(sequence)
+    return failed

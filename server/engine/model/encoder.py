@@ -13,19 +13,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface
 from transformers.models.bert.modeling_bert import BertPooler
 
-from manylora.adapters_store.edits import LoweredAdapter, ModuleShape
+from manylora.adapters_store.edits import LoweredAdapter
 from manylora.adapters_store.files import CONFIG_FILE
 from manylora.adapters_store.format import Checkpoint
 from manylora.adapters_store.head import Task
 from manylora.errors import FailedPrecondition
-from manylora.kernels import EditTable, Plan, make_plan
+from manylora.kernels import Plan, make_plan
 from manylora.server.engine.model.attach import LayerAttention
 from manylora.server.engine.model.record import check_keywords
-from manylora.server.engine.model.step import StepState, VirtualRows
-from manylora.server.engine.model.task_view import TaskBase, lower_for
+from manylora.server.engine.model.step import VirtualRows
+from manylora.server.engine.model.tree import AdaptedTree
 
 ATTENTION = "manylora_full"
 """Our name in transformers' registry of attention functions; no mask function has it."""
@@ -54,44 +54,16 @@ class EncoderInputs:
     virtual: VirtualRows | None = None
 
 
-@dataclass(slots=True, eq=False)
-class EncoderModel:
-    """Used by one thread.
+@dataclass(slots=True, eq=False, kw_only=True)
+class EncoderModel(AdaptedTree):
+    """transformers' class for sequences or tokens, with our twins in it.
 
-    model: transformers' class for sequences or tokens; modules: what an adapter may edit, by name
-    in its tree; a module's id is its place. max_context: tokens of a sequence.
     first_position: of a sequence's first token. skips_padding: whether padding takes no position.
     """
 
-    model: PreTrainedModel
-    step: StepState
-    modules: dict[str, ModuleShape]
     spans: Spans
-    vocab_size: int
-    max_context: int
-    tasks: TaskBase
     first_position: int
     skips_padding: bool
-
-    @property
-    def config(self) -> PreTrainedConfig:
-        return self.model.config
-
-    @property
-    def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self.model.dtype
-        return dtype
-
-    @property
-    def device(self) -> torch.device:
-        device: torch.device = self.model.device
-        return device
-
-    @property
-    def embedding_width(self) -> int:
-        """Of what the model's input embedding gives, and of a virtual token."""
-        width: int = self.model.get_input_embeddings().weight.shape[1]
-        return width
 
     @property
     def kv_layout(self) -> list[tuple[int, int]]:
@@ -112,21 +84,12 @@ class EncoderModel:
         """How many token types it tells apart; 0: it knows none."""
         return int(getattr(self.config, "type_vocab_size", 0))
 
-    def parameter(self, name: str) -> Tensor | None:
-        """A parameter of the base by its name in the tree, or None. Not to be changed."""
-        module, _, leaf = name.rpartition(".")
-        try:
-            parameter = getattr(self.model.get_submodule(module), leaf)
-        except AttributeError:
-            return None
-        return parameter if isinstance(parameter, Tensor) else None
-
     def lower(self, checkpoint: Checkpoint) -> LoweredAdapter:
         """The adapter's edits by names of `modules`, and its head.
 
         Raises InvalidArgument or FailedPrecondition if it is broken, not served or does not fit.
         """
-        lowered = lower_for(checkpoint, self.tasks.views, self.parameter)
+        lowered = AdaptedTree.lower(self, checkpoint)
         if lowered.prefix is not None:
             raise FailedPrecondition(
                 "keys and values before the text are not served on an encoder",
@@ -135,11 +98,6 @@ class EncoderModel:
                 wanted="virtual tokens, or another method",
             )
         return lowered
-
-    def bind(self, pool: Tensor, table: EditTable) -> None:
-        """Says where the adapters' tensors lie; as `AdaptedModel.bind`."""
-        self.step.pool = pool
-        self.step.table = table
 
     def positions(self, tokens: Sequence[int], virtual: int) -> list[int]:
         """Of a sequence's tokens, `virtual` of which come before the text, as transformers
