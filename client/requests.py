@@ -16,6 +16,7 @@ WEIGHTS_FILES = ("adapter_model.safetensors", "adapter_model.bin")  # the server
 
 _Message = TypeVar("_Message")
 Messages = Sequence[Mapping[str, str]]  # each with "role" and "content"
+Adapter = str | Mapping[str, float]  # a name, or names and weights
 
 
 def prompt(
@@ -45,9 +46,16 @@ def prompt(
     return inference_pb2.Prompt(chat=chat)
 
 
+def adapter_reference(adapter: Adapter) -> str:
+    """The text form of an adapter, or of several with weights: "tenant/a*0.7+tenant/b*0.3"."""
+    if isinstance(adapter, str):
+        return adapter
+    return "+".join(f"{name}*{float(weight)!r}" for name, weight in adapter.items())
+
+
 def generate(
     prompt: inference_pb2.Prompt,
-    adapter: str,
+    adapter: Adapter,
     *,
     max_tokens: int | None,
     temperature: float | None,
@@ -84,7 +92,9 @@ def generate(
         if value is not None:
             field = f"sampling.{name}"
             sampling.MergeFrom(_checked(inference_pb2.Sampling, field, **{name: value}))
-    return inference_pb2.GenerateRequest(prompt=prompt, adapter=adapter, sampling=sampling)
+    return inference_pb2.GenerateRequest(
+        prompt=prompt, adapter=adapter_reference(adapter), sampling=sampling
+    )
 
 
 def _checked(message: Callable[..., _Message], field: str, **values: object) -> _Message:

@@ -11,13 +11,14 @@ import grpc
 from manylora.client import requests, types
 from manylora.client.channel import open_channel
 from manylora.client.errors import translated
-from manylora.client.requests import Messages
+from manylora.client.requests import Adapter, Messages
 from manylora.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 
 class Client:
     """Talks to one manylora server. Adapters are named "tenant/adapter", "tenant/adapter@3" or
-    "tenant/adapter:alias"; "" is the base model.
+    "tenant/adapter:alias"; "" is the base model. Where they answer, several may do so together,
+    with weights: {"tenant/a": 0.7, "tenant/b": 0.3}.
 
     Args:
         target: "host:port".
@@ -57,7 +58,7 @@ class Client:
         *,
         messages: Messages | None = None,
         token_ids: Sequence[int] | None = None,
-        adapter: str = "",
+        adapter: Adapter = "",
         max_tokens: int | None = None,
         temperature: float | None = None,
         top_p: float | None = None,
@@ -103,7 +104,7 @@ class Client:
         *,
         messages: Messages | None = None,
         token_ids: Sequence[int] | None = None,
-        adapter: str = "",
+        adapter: Adapter = "",
         max_tokens: int | None = None,
         temperature: float | None = None,
         top_p: float | None = None,

@@ -2,7 +2,7 @@
 
 Per-adapter counters have a bounded label set: the first `adapter_limit` adapters seen get labels
 of their own ("tenant/adapter", all versions together), requests without an adapter count as
-"base", and every later adapter as "other".
+"base", those on several together as "composition", and every later adapter as "other".
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from manylora.server.engine.types import (
 )
 
 BASE = "base"
+COMPOSITION = "composition"
 OTHER = "other"
 
 _WAITS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -198,6 +199,8 @@ class BoundedLabels:
     def of(self, adapter: AdapterKey | None) -> str:
         if adapter is None:
             return BASE
+        if adapter.parts:
+            return COMPOSITION
         name = adapter.label.partition("@")[0]
         if name in self._seen:
             return name

@@ -27,7 +27,8 @@ def generate(
             "--adapter",
             "-a",
             show_default=False,
-            help="TENANT/NAME, TENANT/NAME@VERSION or TENANT/NAME:ALIAS. Default: the base.",
+            help="TENANT/NAME, TENANT/NAME@VERSION or TENANT/NAME:ALIAS; several at once with "
+            "weights: TENANT/A*0.7+TENANT/B*0.3. Default: the base.",
         ),
     ] = "",
     chat: Annotated[

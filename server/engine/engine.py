@@ -16,8 +16,10 @@ from typing import assert_never
 import torch
 
 from manylora import kernels
+from manylora.adapters_store.edits import LoweredAdapter
 from manylora.adapters_store.format import read_checkpoint
 from manylora.adapters_store.head import Head
+from manylora.adapters_store.lowering.compose import Part, compose
 from manylora.errors import DeadlineExceeded, FailedPrecondition, ManyloraError, Unavailable
 from manylora.kernels import cpu
 from manylora.server.engine.blocks import BlockManager
@@ -143,9 +145,7 @@ class Engine:
         Raises InvalidArgument or FailedPrecondition if it is broken, not served or does not fit
         the base.
         """
-        lowered = self.model.lower(read_checkpoint(path))
-        check_prefix(lowered, self.model, self.max_context)
-        return pack(lowered, self._module_ids, self.kernels, self.model.dtype)
+        return self._pack(self.model.lower(read_checkpoint(path)))
 
     # -- the thread ----------------------------------------------------------------------------
 
@@ -350,8 +350,17 @@ class Engine:
             sequence.askable = rows_wanted(sequence, self.model)[0].start + 1
         return error
 
-    def _load_packed(self, digest: str) -> PackedAdapter:
-        return self.lower_and_pack(self._fetch(digest))
+    def _load_packed(self, key: AdapterKey) -> PackedAdapter:
+        """On loader threads."""
+        if not key.parts:
+            return self.lower_and_pack(self._fetch(key.digest))
+        lowered = [self.model.lower(read_checkpoint(self._fetch(p.digest))) for p in key.parts]
+        named = zip(key.parts, lowered, strict=True)
+        return self._pack(compose([Part(p.label, p.weight, own) for p, own in named]))
+
+    def _pack(self, lowered: LoweredAdapter) -> PackedAdapter:
+        check_prefix(lowered, self.model, self.max_context)
+        return pack(lowered, self._module_ids, self.kernels, self.model.dtype)
 
     def _make_scheduler(self) -> Scheduler | EncoderScheduler:
         settings = self._settings

@@ -61,7 +61,7 @@ class ResidencyManager:
     Args:
         pool, table: the device's; the table has a row for each slot.
         overrides: written beside the table.
-        load: digest → packed adapter; runs on a loader thread, raises ManyloraError.
+        load: makes the packed adapter; runs on a loader thread, raises ManyloraError.
         post: hands a `Loaded` to the engine's thread.
         notify: told of every change, on the engine's thread.
     """
@@ -71,7 +71,7 @@ class ResidencyManager:
         pool: Pool,
         table: EditTable,
         overrides: Overrides,
-        load: Callable[[str], PackedAdapter],
+        load: Callable[[AdapterKey], PackedAdapter],
         post: Callable[[Loaded], object],
         notify: Callable[[Residency], None],
         *,
@@ -168,17 +168,21 @@ class ResidencyManager:
             entry.waiters.append(done)
 
     def unload(self, digest: str, done: Future[None]) -> None:
-        """Evicts an adapter that is resident and not in use; one on its way comes without a pin."""
-        entry = self._entries.get(digest)
-        if entry is None or entry.stage is not _Stage.RESIDENT:
-            if entry is not None:
-                entry.pinned = False
+        """Evicts an adapter that is resident and not in use, and with it the compositions that it
+        is part of; one on its way comes without a pin."""
+        if (own := self._entries.get(digest)) and own.stage is not _Stage.RESIDENT:
+            own.pinned = False
+        entries = [e for e in self._entries.values() if e.key.uses(digest)]
+        resident = [entry for entry in entries if entry.stage is _Stage.RESIDENT]
+        users = sum(entry.users for entry in resident)
+        if not resident:
             refuse(done, NotFound("adapter is not resident", field="name", found=digest))
-        elif entry.users:
-            found = f"{entry.users} running requests"
+        elif users:
+            found = f"{users} running requests"
             refuse(done, FailedPrecondition("adapter is in use", field="name", found=found))
         else:
-            self._evict(entry)
+            for entry in resident:
+                self._evict(entry)
             answer(done, None)
 
     def loaded(self, message: Loaded) -> None:
@@ -223,20 +227,20 @@ class ResidencyManager:
     def _begin(self, key: AdapterKey) -> _Entry:
         entry = self._entries[key.digest] = _Entry(key)
         self._notify(self._describe(entry))
-        self._executor.submit(self._load, key.digest)
+        self._executor.submit(self._load, key)
         return entry
 
-    def _load(self, digest: str) -> None:
+    def _load(self, key: AdapterKey) -> None:
         """On a loader thread."""
         start = time.monotonic()
         result: PackedAdapter | ManyloraError
         try:
-            result = self._load_packed(digest)
+            result = self._load_packed(key)
         except ManyloraError as error:
             result = error
         except Exception as error:
             result = ManyloraError(f"loading failed: {type(error).__name__}", found=error)
-        self._post(Loaded(digest, result, time.monotonic() - start))
+        self._post(Loaded(key.digest, result, time.monotonic() - start))
 
     def _fail(self, entry: _Entry, error: ManyloraError) -> None:
         entry.stage, entry.error = _Stage.FAILED, error

@@ -35,11 +35,28 @@ class SamplingParams:
 
 
 @dataclass(slots=True, frozen=True)
+class WeightedPart:
+    """One of several adapters that a request runs on together."""
+
+    digest: str
+    label: str
+    weight: float
+
+
+@dataclass(slots=True, frozen=True)
 class AdapterKey:
-    """Which adapter version a request runs on: engine and caches go by the digest alone."""
+    """Which adapter version a request runs on: engine and caches go by the digest alone.
+
+    parts: of a composition, which is an adapter of its own; see `composition_key`.
+    """
 
     digest: str
     label: str  # "tenant/adapter@version", for people and metrics
+    parts: tuple[WeightedPart, ...] = ()
+
+    def uses(self, digest: str) -> bool:
+        """Whether it is the adapter version of this digest, or has it as a part."""
+        return self.digest == digest or any(part.digest == digest for part in self.parts)
 
 
 class PooledTask(Enum):

@@ -161,7 +161,8 @@ class AdapterService(pb_grpc.AdapterServiceServicer):
                 try:
                     await self._engine.unload_adapter(version.digest)
                 except FailedPrecondition:
-                    await self._engine.load_adapter(_key(version), pin=False)
+                    if version.digest in await self._residencies():
+                        await self._engine.load_adapter(_key(version), pin=False)
 
     async def LoadAdapter(self, request: pb.LoadAdapterRequest, context: Context) -> pb.Residency:
         version = await self._resolve(request.name)
@@ -181,6 +182,8 @@ class AdapterService(pb_grpc.AdapterServiceServicer):
         tenant = parse_any_parent(request.parent)
         async with aclosing(self._engine.watch()) as events:
             async for event in events:
+                if event.key.parts:
+                    continue  # a composition, which is no version of an adapter
                 if tenant is None or event.key.label.startswith(f"{tenant}/"):
                     yield _residency(event, event.key.label)
 

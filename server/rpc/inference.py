@@ -25,6 +25,7 @@ from manylora.server.engine.types import (
     Usage,
 )
 from manylora.server.rpc.gate import Context
+from manylora.server.rpc.resolve import resolve_adapter
 from manylora.v1 import inference_pb2 as pb
 from manylora.v1 import inference_pb2_grpc as pb_grpc
 
@@ -90,10 +91,7 @@ class InferenceService(pb_grpc.InferenceServiceServicer):
         )
 
     async def _resolve(self, reference: str) -> AdapterKey | None:
-        if not reference:
-            return None
-        version = await asyncio.to_thread(self._store.resolve, reference)
-        return AdapterKey(version.digest, version.label)
+        return await resolve_adapter(self._store, reference)
 
     async def _tokens(self, prompt: pb.Prompt) -> list[int]:
         """The prompt's token ids, whichever form it has. Raises InvalidArgument if it is empty."""

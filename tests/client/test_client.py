@@ -102,6 +102,21 @@ def tenant(request: pytest.FixtureRequest) -> str:
     return f"{kind}-{request.node.originalname.replace('_', '-')}"[:63]
 
 
+def test_several_adapters_at_once(client: Any, tenant: str, adapter_dirs: list[Path]) -> None:
+    for i in range(2):
+        client.publish(f"{tenant}/s{i}", adapter_dirs[i])
+    weights = {f"{tenant}/s0": 0.7, f"{tenant}/s1@1": -1}
+    text = f"{tenant}/s0@1*0.7+{tenant}/s1@1*-1.0"
+    whole = client.generate(PROMPT, adapter=weights, max_tokens=8, ignore_eos=True)
+    parts = list(client.stream(PROMPT, adapter=weights, max_tokens=8, ignore_eos=True))
+    again = client.generate(PROMPT, adapter=text, max_tokens=8, ignore_eos=True)
+    assert whole.adapter == again.adapter == parts[0].adapter == text
+    assert whole.token_ids == again.token_ids == sum((part.token_ids for part in parts), ())
+    with pytest.raises(InvalidArgument) as caught:
+        client.generate(PROMPT, adapter={f"{tenant}/s0": float("nan")})
+    assert caught.value.field == "adapter (weight)"
+
+
 def test_generate_and_stream(client: Any, tenant: str, adapter_dirs: list[Path]) -> None:
     client.publish(f"{tenant}/a", adapter_dirs[0], aliases=["prod"])
     for adapter in ("", f"{tenant}/a:prod"):

@@ -33,8 +33,11 @@ from manylora.server.engine.types import (
 PATIENCE = 60.0  # seconds until a condition that does not come is a failure
 
 
-def adapter_key(digest: str) -> AdapterKey | None:
-    return AdapterKey(digest, f"tenant/{digest}@1") if digest else None
+def adapter_key(adapter: str | AdapterKey) -> AdapterKey | None:
+    """adapter: a digest, "" for the base; a key stays as it is."""
+    if isinstance(adapter, AdapterKey):
+        return adapter
+    return AdapterKey(adapter, f"tenant/{adapter}@1") if adapter else None
 
 
 @dataclass
@@ -117,7 +120,7 @@ class House:
     def request(
         self,
         prompt: Sequence[int],
-        adapter: str = "",
+        adapter: str | AdapterKey = "",
         *,
         deadline: float | None = None,
         **sampling: Any,
@@ -133,7 +136,7 @@ class House:
     async def ask(
         self,
         prompt: Sequence[int],
-        adapter: str = "",
+        adapter: str | AdapterKey = "",
         *,
         leave_after: int | None = None,
         deadline: float | None = None,
@@ -193,9 +196,9 @@ class House:
         assert (stats.waiting, stats.running) == (0, 0)
         assert stats.blocks_free == stats.blocks_total
         assert [r.in_use for r in resident.values()] == [0] * len(resident)
-        for digest, residency in resident.items():
-            assert residency.error == ""
-            await self.engine.unload_adapter(digest)
+        for residency in sorted(resident.values(), key=lambda r: not r.key.parts):
+            assert residency.error == ""  # a part would take its compositions with it
+            await self.engine.unload_adapter(residency.key.digest)
         stats = await self.settled()
         assert (stats.slots_used, stats.pool_bytes_used) == (0, 0)
 

@@ -129,7 +129,8 @@ class Loading:
                 found = self.pool.tensor[offset : offset + wanted.numel()]
                 assert torch.equal(found, wanted.flatten())
 
-    def _load(self, digest: str) -> PackedAdapter:
+    def _load(self, key: AdapterKey) -> PackedAdapter:
+        digest = key.digest
         error = self._gates[digest].get(timeout=SECONDS)
         if error is not None:
             raise error
