@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
 INSTALLED_FROM := pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h kernels/cpu/CMakeLists.txt)
 
-.PHONY: help demo test matrix check-gpu-kernels lint format kernels protos clean
+.PHONY: help demo test bench bench-peers matrix check-gpu-kernels lint format kernels protos clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -15,6 +15,12 @@ demo: $(VENV)/.installed-demo ## train three adapters, serve them beside the bas
 
 test: $(VENV)/.installed-dev ## all tests
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest
+
+bench: $(VENV)/.installed-bench ## our own speed ratios, a minute
+	$(BIN)/python benchmarks/run.py
+
+bench-peers: $(VENV)/.installed-bench ## every bar, side by side with vLLM, transformers + peft and llama.cpp
+	$(BIN)/python benchmarks/run.py --peers
 
 matrix: $(VENV)/.installed-dev ## every PEFT method on every architecture against peft
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=tests/tools $(BIN)/python -P -m manylora_testing.matrix
@@ -49,6 +55,10 @@ $(BIN)/python:
 
 $(VENV)/.installed-demo: $(INSTALLED_FROM) | $(BIN)/python
 	$(INSTALL) '.[train,gguf]'
+	touch $@
+
+$(VENV)/.installed-bench: $(INSTALLED_FROM) | $(BIN)/python
+	$(INSTALL) '.[bench]'
 	touch $@
 
 $(VENV)/.installed-dev: $(INSTALLED_FROM) | $(BIN)/python

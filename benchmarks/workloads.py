@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from safetensors.torch import save_file
 PROMPT_TOKENS = 128
 OUTPUT_TOKENS = 64
 MIXED_RANKS = (8, 16, 32, 64)
+CHECKPOINTS = 64  # different ones there are; more adapters than that share their files
+REGISTERED = (1, 4, 16, 64, 256, 1000)
 TARGETS = {
     "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
     "mlp": ("gate_proj", "up_proj", "down_proj"),
@@ -50,6 +53,13 @@ def _zipf(requests: int, adapters: int) -> tuple[int, ...]:
     return tuple(random.Random(0).choices(range(adapters), weights, k=requests))
 
 
+def _registered(adapters: int) -> Workload:
+    """64 requests over so many adapters of rank 16, popularity 1/k, adapter memory for 32."""
+    return Workload(
+        f"registered-{adapters}", 64, (16,) * adapters, _zipf(64, adapters), resident=32
+    )
+
+
 WORKLOADS = {
     w.name: w
     for w in (
@@ -61,8 +71,34 @@ WORKLOADS = {
         Workload("mixed-rank-32", 32, _mixed(32), tuple(range(32))),
         Workload("zipf-128", 128, _mixed(64), _zipf(128, 64), resident=8),
         Workload("zipf-128-roomy", 128, _mixed(64), _zipf(128, 64)),
+        *map(_registered, REGISTERED),
     )
 }
+
+
+def adapter_folders(ranks: Sequence[int], model: Path, directory: Path) -> list[Path]:
+    """Adapters of these ranks, made where they are not there yet."""
+    folders = [directory / f"r{rank}-{i % CHECKPOINTS}" for i, rank in enumerate(ranks)]
+    for i, (rank, folder) in enumerate(zip(ranks, folders, strict=True)):
+        if not (folder / "adapter_config.json").exists():
+            make_adapter(model, rank, i, folder)
+    return folders
+
+
+def pool_bytes(folders: Sequence[Path], resident: int) -> int:
+    """Room for the largest `resident` adapters."""
+    sizes = sorted((f / "adapter_model.safetensors").stat().st_size for f in folders)
+    return int(sum(sizes[-resident:]) * 1.02) + (1 << 20)
+
+
+def kv_bytes(model: Path, tokens: int) -> int:
+    """The bfloat16 KV cache of so many tokens."""
+    config = json.loads((model / "config.json").read_text())
+    heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    return int(
+        tokens * 2 * config["num_key_value_heads"] * head_dim * 2 * config["num_hidden_layers"]
+    )
 
 
 def make_adapter(model: Path, rank: int, seed: int, directory: Path) -> Path:
