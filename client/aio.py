@@ -152,11 +152,82 @@ class AsyncClient:
         finally:
             call.cancel()
 
+    async def classify(
+        self,
+        prompt: str | None = None,
+        *,
+        pair: tuple[str, str] | None = None,
+        messages: Messages | None = None,
+        token_ids: Sequence[int] | None = None,
+        token_types: Sequence[int] = (),
+        adapter: Adapter = "",
+        timeout: float | None = None,
+    ) -> types.Classification:
+        """Scores a prompt with the adapter's classifier, or the base's own. The prompt is exactly
+        one of a text, a pair of texts, chat messages, and token ids; these may have types."""
+        request = inference_pb2.ClassifyRequest(
+            prompt=requests.prompt(prompt, messages, token_ids, pair=pair, token_types=token_types),
+            adapter=requests.adapter_reference(adapter),
+        )
+        with translated():
+            answer = await self._inference.Classify(request, timeout=timeout or self._timeout)
+        return types.classification(answer)
+
+    async def classify_tokens(
+        self,
+        prompt: str | None = None,
+        *,
+        pair: tuple[str, str] | None = None,
+        messages: Messages | None = None,
+        token_ids: Sequence[int] | None = None,
+        token_types: Sequence[int] = (),
+        adapter: Adapter = "",
+        timeout: float | None = None,
+    ) -> types.TokenClassification:
+        """As `classify`, for each token of the prompt."""
+        request = inference_pb2.ClassifyTokensRequest(
+            prompt=requests.prompt(prompt, messages, token_ids, pair=pair, token_types=token_types),
+            adapter=requests.adapter_reference(adapter),
+        )
+        with translated():
+            answer = await self._inference.ClassifyTokens(request, timeout=timeout or self._timeout)
+        return types.token_classification(answer)
+
+    async def embed(
+        self,
+        prompt: str | None = None,
+        *,
+        pair: tuple[str, str] | None = None,
+        messages: Messages | None = None,
+        token_ids: Sequence[int] | None = None,
+        token_types: Sequence[int] = (),
+        adapter: Adapter = "",
+        pooling: requests.Pooling | None = None,
+        normalize: bool = False,
+        timeout: float | None = None,
+    ) -> types.Embedding:
+        """One vector of a prompt, given as to `classify`. pooling: "first", "last" or "mean" of
+        the tokens' hidden rows; None: the mean on encoders, the last on other bases."""
+        request = inference_pb2.EmbedRequest(
+            prompt=requests.prompt(prompt, messages, token_ids, pair=pair, token_types=token_types),
+            adapter=requests.adapter_reference(adapter),
+            pooling=requests.pooling(pooling),
+            normalize=normalize,
+        )
+        with translated():
+            answer = await self._inference.Embed(request, timeout=timeout or self._timeout)
+        return types.embedding(answer)
+
     async def tokenize(
-        self, text: str | None = None, *, messages: Messages | None = None
+        self,
+        text: str | None = None,
+        *,
+        messages: Messages | None = None,
+        pair: tuple[str, str] | None = None,
     ) -> tuple[int, ...]:
-        """The token ids that a prompt of this text, or of these messages, has."""
-        request = inference_pb2.TokenizeRequest(prompt=requests.prompt(text, messages, None))
+        """The token ids that a prompt of this text, of these messages or of this pair has."""
+        prompt = requests.prompt(text, messages, None, pair=pair)
+        request = inference_pb2.TokenizeRequest(prompt=prompt)
         with translated():
             answer = await self._inference.Tokenize(request, timeout=self._timeout)
         return tuple(answer.token_ids)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO, Literal, TypeVar
 
 from manylora.errors import InvalidArgument
 from manylora.v1 import adapters_pb2, inference_pb2
@@ -16,26 +16,47 @@ WEIGHTS_FILES = ("adapter_model.safetensors", "adapter_model.bin")  # the server
 
 _Message = TypeVar("_Message")
 Messages = Sequence[Mapping[str, str]]  # each with "role" and "content"
+Pooling = Literal["first", "last", "mean"]
+_POOLINGS: Mapping[str, inference_pb2.Pooling] = {
+    "first": inference_pb2.POOLING_FIRST,
+    "last": inference_pb2.POOLING_LAST,
+    "mean": inference_pb2.POOLING_MEAN,
+}
 Adapter = str | Mapping[str, float]  # a name, or names and weights
 
 
 def prompt(
-    text: str | None, messages: Messages | None, token_ids: Sequence[int] | None
+    text: str | None,
+    messages: Messages | None,
+    token_ids: Sequence[int] | None,
+    *,
+    pair: tuple[str, str] | None = None,
+    token_types: Sequence[int] = (),
 ) -> inference_pb2.Prompt:
-    """Raises InvalidArgument unless exactly one of the three is given."""
-    given = {"prompt": text, "messages": messages, "token_ids": token_ids}
+    """Raises InvalidArgument unless exactly one of the four is given. token_types: with token_ids
+    only."""
+    given = {"prompt": text, "messages": messages, "token_ids": token_ids, "pair": pair}
     names = [name for name, value in given.items() if value is not None]
     if len(names) != 1:
         raise InvalidArgument(
             "give exactly one of these",
             field="prompt",
             found=" and ".join(names) or "none",
-            wanted="prompt, messages or token_ids",
+            wanted="prompt, messages, token_ids or pair",
+        )
+    if token_types and token_ids is None:
+        raise InvalidArgument(
+            "these go with token_ids", field="token_types", found=names[0], wanted="token_ids"
         )
     if text is not None:
         return _checked(inference_pb2.Prompt, "prompt.text", text=text)
+    if pair is not None:
+        texts = dict(zip(("first", "second"), pair, strict=True))
+        return inference_pb2.Prompt(pair=_checked(inference_pb2.TextPair, "prompt.pair", **texts))
     if token_ids is not None:
         ids = _checked(inference_pb2.TokenIds, "prompt.token_ids", ids=token_ids)
+        types = _checked(inference_pb2.TokenIds, "prompt.token_ids.types", types=token_types)
+        ids.MergeFrom(types)
         return inference_pb2.Prompt(token_ids=ids)
     chat = inference_pb2.Chat()
     for i, message in enumerate(messages or ()):
@@ -51,6 +72,17 @@ def adapter_reference(adapter: Adapter) -> str:
     if isinstance(adapter, str):
         return adapter
     return "+".join(f"{name}*{float(weight)!r}" for name, weight in adapter.items())
+
+
+def pooling(name: Pooling | None) -> inference_pb2.Pooling:
+    """Raises InvalidArgument for a name that is none."""
+    if name is None:
+        return inference_pb2.POOLING_UNSPECIFIED
+    if name not in _POOLINGS:
+        raise InvalidArgument(
+            "no such pooling", field="pooling", found=name, wanted=" or ".join(_POOLINGS)
+        )
+    return _POOLINGS[name]
 
 
 def generate(

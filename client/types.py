@@ -10,10 +10,16 @@ from manylora.v1 import adapters_pb2, inference_pb2
 
 FinishReason = Literal["stop", "length"]
 State = Literal["loading", "resident", "evicted", "failed"]
+Problem = Literal["single_label", "multi_label", "regression"]
 
 _FINISH_REASONS: dict[int, FinishReason] = {
     inference_pb2.FINISH_REASON_STOP: "stop",
     inference_pb2.FINISH_REASON_LENGTH: "length",
+}
+_PROBLEMS: dict[int, Problem] = {
+    inference_pb2.PROBLEM_SINGLE_LABEL: "single_label",
+    inference_pb2.PROBLEM_MULTI_LABEL: "multi_label",
+    inference_pb2.PROBLEM_REGRESSION: "regression",
 }
 _STATES: dict[int, State] = {
     adapters_pb2.RESIDENCY_STATE_LOADING: "loading",
@@ -69,6 +75,57 @@ class Completion:
 
 
 @dataclass(slots=True, frozen=True)
+class Scores:
+    """One number for each label. problem: how scores come of logits, by softmax ("single_label"),
+    sigmoid ("multi_label") or as they are ("regression")."""
+
+    labels: tuple[str, ...]
+    logits: tuple[float, ...]
+    scores: tuple[float, ...]
+    problem: Problem
+
+    @property
+    def label(self) -> str:
+        """The one with the highest score."""
+        return max(zip(self.scores, self.labels, strict=True), key=lambda pair: pair[0])[1]
+
+
+@dataclass(slots=True, frozen=True)
+class Classification(Scores):
+    """The scores of a prompt."""
+
+    adapter: str  # the version that answered, "tenant/adapter@3"; "" for the base
+    usage: Usage
+
+
+@dataclass(slots=True, frozen=True)
+class ClassifiedToken(Scores):
+    """The scores of one token."""
+
+    token_id: int
+    span: tuple[int, int] | None  # its characters of the text; None for special tokens
+    text: int  # which of a pair's texts `span` is of: 0 or 1
+
+
+@dataclass(slots=True, frozen=True)
+class TokenClassification:
+    """The scores of a prompt's tokens, special tokens included."""
+
+    tokens: tuple[ClassifiedToken, ...]
+    adapter: str  # the version that answered, "tenant/adapter@3"; "" for the base
+    usage: Usage
+
+
+@dataclass(slots=True, frozen=True)
+class Embedding:
+    """A prompt as one vector."""
+
+    embedding: tuple[float, ...]
+    adapter: str  # the version that answered, "tenant/adapter@3"; "" for the base
+    usage: Usage
+
+
+@dataclass(slots=True, frozen=True)
 class ModelInfo:
     name: str
     architecture: str
@@ -78,6 +135,9 @@ class ModelInfo:
     max_context: int  # tokens of prompt and answer
     vocab_size: int
     modules: int  # places that an adapter can change
+    generates: bool  # whether it continues text; an encoder does not
+    tasks: tuple[str, ...]  # PEFT's task types whose adapters it serves
+    token_types: int  # how many it tells apart; 0: it knows none
 
 
 @dataclass(slots=True, frozen=True)
@@ -129,6 +189,38 @@ def completion(message: inference_pb2.GenerateResponse) -> Completion:
     )
 
 
+def classification(message: inference_pb2.ClassifyResponse) -> Classification:
+    return Classification(
+        labels=tuple(message.labels),
+        logits=tuple(message.scores.logits),
+        scores=tuple(message.scores.scores),
+        problem=_PROBLEMS[message.problem],
+        adapter=message.adapter,
+        usage=_usage(message.usage),
+    )
+
+
+def token_classification(message: inference_pb2.ClassifyTokensResponse) -> TokenClassification:
+    labels, problem = tuple(message.labels), _PROBLEMS[message.problem]
+    tokens = tuple(
+        ClassifiedToken(
+            labels=labels,
+            logits=tuple(token.scores.logits),
+            scores=tuple(token.scores.scores),
+            problem=problem,
+            token_id=token.token_id,
+            span=(token.span.start, token.span.end) if token.HasField("span") else None,
+            text=token.span.text,
+        )
+        for token in message.tokens
+    )
+    return TokenClassification(tokens, message.adapter, _usage(message.usage))
+
+
+def embedding(message: inference_pb2.EmbedResponse) -> Embedding:
+    return Embedding(tuple(message.embedding), message.adapter, _usage(message.usage))
+
+
 def _usage(message: inference_pb2.Usage) -> Usage:
     return Usage(message.prompt_tokens, message.cached_tokens, message.completion_tokens)
 
@@ -151,6 +243,9 @@ def model_info(message: inference_pb2.ModelInfo) -> ModelInfo:
         max_context=message.max_context,
         vocab_size=message.vocab_size,
         modules=message.modules,
+        generates=message.generates,
+        tasks=tuple(message.tasks),
+        token_types=message.token_types,
     )
 
 

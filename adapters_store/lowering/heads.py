@@ -30,6 +30,7 @@ _HEAD_TENSOR = re.compile(
     r"(?P<inner>(?:\.[^.]+)*?)\.(?P<parameter>weight|bias)"
 )
 _POOLER = f"{PREFIX}pooler."
+_UNWRAPPED = "base_model."  # where peft puts nothing around the base's modules: prompt learning
 
 
 def read_task(config: Mapping[str, object]) -> Task:
@@ -90,7 +91,7 @@ def _layer_tensors(checkpoint: Checkpoint) -> Mapping[str, Mapping[str, str]]:
     """The head's tensors: layer → "weight" or "bias" → the tensor's name, in the file's order."""
     found: dict[str, dict[str, str]] = {}
     for tensor in checkpoint.tensors:
-        match = _HEAD_TENSOR.fullmatch(tensor.removeprefix(PREFIX))
+        match = _HEAD_TENSOR.fullmatch(tensor.removeprefix(PREFIX).removeprefix(_UNWRAPPED))
         if match is None:
             continue
         parts = found.setdefault(match["module"] + match["inner"], {})

@@ -12,6 +12,8 @@ from manylora.kernels import make_plan
 from manylora.server.engine.model import EncoderInputs, EncoderModel
 from manylora.server.engine.prefix import Prefix, virtual_rows
 from manylora.server.engine.scheduler import Chunk
+from manylora.server.engine.sequence import Sequence
+from manylora.server.engine.types import PooledTask
 
 
 def run_encoder_step(model: EncoderModel, chunks: Seq[Chunk], device: torch.device) -> None:
@@ -31,10 +33,26 @@ def encoder_inputs(model: EncoderModel, chunks: Seq[Chunk], device: torch.device
         if s.prefix is not None
     ]
     slots = np.array([s.slot for s in sequences], np.int32)
+    types = [t for s in sequences for t in _token_types(s)] if _any_types(sequences) else None
     return EncoderInputs(
         token_ids=torch.tensor(tokens, device=device),
         positions=torch.tensor(positions, device=device),
         plan=make_plan(np.repeat(slots, counts), device),
         spans=list(itertools.pairwise(ends)),
+        token_types=None if types is None else torch.tensor(types, device=device),
         virtual=virtual_rows(prefixes, device),
     )
+
+
+def _any_types(sequences: Seq[Sequence]) -> bool:
+    return any(s.request.token_types for s in sequences)
+
+
+def _token_types(sequence: Sequence) -> list[int]:
+    """Virtual tokens have type 0; where an embedding is wanted, peft leaves out all types behind
+    them."""
+    request = sequence.request
+    embeds = request.pooling is not None and request.pooling.task is PooledTask.EMBED
+    if not request.token_types or (embeds and sequence.prefix_tokens):
+        return [0] * len(sequence.tokens)
+    return [0] * sequence.prefix_tokens + list(request.token_types)

@@ -27,7 +27,7 @@ from manylora.server.engine.mailbox import (
     TokenEvent,
     Unload,
 )
-from manylora.server.engine.model import AdaptedModel
+from manylora.server.engine.model import AdaptedModel, EncoderModel
 from manylora.server.engine.settings import EngineSettings
 from manylora.server.engine.tokenizer import Tokenizer
 from manylora.server.engine.types import (
@@ -76,6 +76,7 @@ class AsyncEngine:
             modules=len(model.modules),
             generates=isinstance(model, AdaptedModel),
             tasks=tuple(task.value for task in model.tasks.views),
+            token_types=model.type_vocab_size if isinstance(model, EncoderModel) else 0,
         )
 
     async def start(self) -> None:
@@ -191,6 +192,7 @@ class AsyncEngine:
                 found=low if low < 0 else high,
                 wanted=f"0 to {vocab - 1}",
             )
+        self._check_types(request)
         sampling_params.validate(request.sampling, vocab)
         if request.id in self._streams:
             raise InvalidArgument("a request with this id is running", field="id", found=request.id)
@@ -198,6 +200,30 @@ class AsyncEngine:
             raise ResourceExhausted(
                 "the queue is full", field="requests", found=self._limit, retry_after=RETRY_SECONDS
             )
+
+    def _check_types(self, request: Request) -> None:
+        types, known = request.token_types, self.info.token_types
+        if not types:
+            return
+        if not known:
+            raise InvalidArgument(
+                "the base tells no token types apart", field="prompt.token_ids.types", wanted="none"
+            )
+        if len(types) != len(request.prompt):
+            raise InvalidArgument(
+                "not one for each token",
+                field="prompt.token_ids.types",
+                found=len(types),
+                wanted=str(len(request.prompt)),
+            )
+        for value in (min(types), max(types)):
+            if not 0 <= value < known:
+                raise InvalidArgument(
+                    "no such token type",
+                    field="prompt.token_ids.types",
+                    found=value,
+                    wanted=f"0 to {known - 1}",
+                )
 
     # -- adapters ------------------------------------------------------------------------------
 

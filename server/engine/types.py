@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
@@ -102,7 +103,7 @@ class Pooled:
 @dataclass(slots=True)
 class Request:
     """One generation, or, with `pooling`, one look at the prompt. Token ids are checked by
-    `Engine.submit`."""
+    `Engine.submit`. token_types: one for each token of the prompt, or none: all 0."""
 
     id: str
     prompt: list[int]
@@ -110,6 +111,7 @@ class Request:
     adapter: AdapterKey | None = None
     deadline: float | None = None  # time.monotonic() seconds
     pooling: Pooling | None = None
+    token_types: Sequence[int] = ()
 
 
 class FinishReason(Enum):
@@ -165,6 +167,7 @@ class ModelInfo:
     modules: int  # adaptable places
     generates: bool  # whether it continues text; an encoder does not
     tasks: tuple[str, ...]  # PEFT's task types whose adapters it serves
+    token_types: int  # how many it tells apart; 0: it knows none
 
 
 class ResidencyState(Enum):

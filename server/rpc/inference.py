@@ -1,30 +1,35 @@
 # ruff: noqa: N802, ARG002 - the generated base class names the methods and their arguments
-"""InferenceService: prompts in, answers out."""
+"""InferenceService: prompts in; answers, classes and embeddings out."""
 
 from __future__ import annotations
 
-import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 from manylora.adapters_store.store import Store
 from manylora.errors import InvalidArgument
 from manylora.server.engine.front import AsyncEngine
-from manylora.server.engine.tokenizer import ChatMessage, Tokenizer
+from manylora.server.engine.tokenizer import Encoded
 from manylora.server.engine.types import (
     AdapterKey,
     Delta,
     FinishReason,
     Logprob,
+    Pooled,
+    PooledTask,
+    Pooling,
     Request,
     SamplingParams,
     TokenLogprobs,
     Usage,
 )
 from manylora.server.rpc.gate import Context
+from manylora.server.rpc.pooled import PROBLEMS, read_pooling, scores, token_scores
+from manylora.server.rpc.prompts import read_prompt
 from manylora.server.rpc.resolve import resolve_adapter
 from manylora.v1 import inference_pb2 as pb
 from manylora.v1 import inference_pb2_grpc as pb_grpc
@@ -35,6 +40,16 @@ _FINISH_REASONS = {
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
 }
 _SAMPLING_DEFAULTS = SamplingParams()
+_LookRequest: TypeAlias = pb.ClassifyRequest | pb.ClassifyTokensRequest | pb.EmbedRequest
+
+
+@dataclass(slots=True, frozen=True)
+class _Looked:
+    """What came of a request that wants no text. adapter: as the answers have it."""
+
+    prompt: Encoded
+    pooled: Pooled
+    adapter: str
 
 
 class InferenceService(pb_grpc.InferenceServiceServicer):
@@ -58,24 +73,63 @@ class InferenceService(pb_grpc.InferenceServiceServicer):
     async def StreamGenerate(
         self, request: pb.GenerateRequest, context: Context
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
-        remaining = context.time_remaining()
-        deadline = None if remaining is None else time.monotonic() + remaining
+        deadline = _deadline(context)
         adapter = await self._resolve(request.adapter)
+        prompt = await self._read(request.prompt)
         generation = Request(
             id=uuid.uuid4().hex,
-            prompt=await self._tokens(request.prompt),
+            prompt=prompt.ids,
             sampling=_sampling(request.sampling),
             adapter=adapter,
             deadline=deadline,
+            token_types=prompt.types,
         )
         async with aclosing(self._engine.stream(generation)) as deltas:
             async for delta in deltas:
                 yield _response(delta, adapter)
 
+    async def Classify(self, request: pb.ClassifyRequest, context: Context) -> pb.ClassifyResponse:
+        looked = await self._look(request, context, Pooling(PooledTask.CLASSIFY))
+        pooled = looked.pooled
+        return pb.ClassifyResponse(
+            labels=pooled.labels,
+            scores=scores(pooled.values[0], pooled.problem),
+            problem=PROBLEMS[pooled.problem],
+            usage=_usage(pooled.usage),
+            adapter=looked.adapter,
+        )
+
+    async def ClassifyTokens(
+        self, request: pb.ClassifyTokensRequest, context: Context
+    ) -> pb.ClassifyTokensResponse:
+        looked = await self._look(request, context, Pooling(PooledTask.CLASSIFY_TOKENS))
+        prompt, pooled = looked.prompt, looked.pooled
+        rows = zip(prompt.ids, pooled.values, prompt.spans(), strict=True)
+        return pb.ClassifyTokensResponse(
+            labels=pooled.labels,
+            tokens=[token_scores(token, row, pooled.problem, span) for token, row, span in rows],
+            problem=PROBLEMS[pooled.problem],
+            usage=_usage(pooled.usage),
+            adapter=looked.adapter,
+        )
+
+    async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:
+        rows = read_pooling(request.pooling)
+        pooling = Pooling(PooledTask.EMBED, rows, request.normalize)
+        looked = await self._look(request, context, pooling)
+        return pb.EmbedResponse(
+            embedding=looked.pooled.values[0].tolist(),
+            usage=_usage(looked.pooled.usage),
+            adapter=looked.adapter,
+        )
+
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         if request.prompt.WhichOneof("content") == "token_ids":
-            raise InvalidArgument("tokens already", field="prompt.token_ids", wanted="text or chat")
-        return pb.TokenizeResponse(token_ids=await self._tokens(request.prompt))
+            raise InvalidArgument(
+                "tokens already", field="prompt.token_ids", wanted="text, chat or pair"
+            )
+        prompt = await self._read(request.prompt)
+        return pb.TokenizeResponse(token_ids=prompt.ids, types=prompt.types)
 
     async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: Context) -> pb.ModelInfo:
         info = self._engine.info
@@ -88,35 +142,42 @@ class InferenceService(pb_grpc.InferenceServiceServicer):
             max_context=info.max_context,
             vocab_size=info.vocab_size,
             modules=info.modules,
+            generates=info.generates,
+            tasks=info.tasks,
+            token_types=info.token_types,
         )
+
+    async def _look(self, request: _LookRequest, context: Context, pooling: Pooling) -> _Looked:
+        deadline = _deadline(context)
+        adapter = await self._resolve(request.adapter)
+        prompt = await self._read(request.prompt)
+        look = Request(
+            id=uuid.uuid4().hex,
+            prompt=prompt.ids,
+            sampling=_SAMPLING_DEFAULTS,
+            adapter=adapter,
+            deadline=deadline,
+            pooling=pooling,
+            token_types=prompt.types,
+        )
+        pooled = await self._engine.pool(look)
+        return _Looked(prompt, pooled, "" if adapter is None else adapter.label)
 
     async def _resolve(self, reference: str) -> AdapterKey | None:
         return await resolve_adapter(self._store, reference)
 
-    async def _tokens(self, prompt: pb.Prompt) -> list[int]:
-        """The prompt's token ids, whichever form it has. Raises InvalidArgument if it is empty."""
-        tokenizer = self._engine.tokenizer
-        match prompt.WhichOneof("content"):
-            case "text" if prompt.text:
-                return await asyncio.to_thread(tokenizer.encode, prompt.text)
-            case "token_ids" if prompt.token_ids.ids:
-                return list(prompt.token_ids.ids)
-            case "chat" if prompt.chat.messages:
-                return await asyncio.to_thread(_chat, tokenizer, prompt.chat)
-            case None:
-                raise InvalidArgument("not set", field="prompt", wanted="text, token_ids or chat")
-            case form:
-                raise InvalidArgument("empty", field=f"prompt.{form}")
+    async def _read(self, prompt: pb.Prompt) -> Encoded:
+        """The prompt's tokens; of types that the base does not tell apart, none but those that the
+        caller gave."""
+        encoded = await read_prompt(self._engine.tokenizer, prompt)
+        given = prompt.WhichOneof("content") == "token_ids"
+        return encoded if given or self._engine.info.token_types > 1 else replace(encoded, types=[])
 
 
-def _chat(tokenizer: Tokenizer, chat: pb.Chat) -> list[int]:
-    return tokenizer.chat([_message(i, message) for i, message in enumerate(chat.messages)])
-
-
-def _message(index: int, message: pb.ChatMessage) -> ChatMessage:
-    if not message.role:
-        raise InvalidArgument("not set", field=f"prompt.chat.messages[{index}].role")
-    return ChatMessage(message.role, message.content)
+def _deadline(context: Context) -> float | None:
+    """time.monotonic() seconds."""
+    remaining = context.time_remaining()
+    return None if remaining is None else time.monotonic() + remaining
 
 
 def _sampling(sampling: pb.Sampling) -> SamplingParams:

@@ -11,7 +11,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
+from manylora_testing.classifiers import make_task_adapter, peft_answer
 from manylora_testing.served import Served, eventually
 
 from manylora.client import AsyncClient, Client, ModelInfo
@@ -28,6 +30,9 @@ PROMPT = "the printer in the hall"
 METHODS = (
     "generate",
     "stream",
+    "classify",
+    "classify_tokens",
+    "embed",
     "tokenize",
     "model_info",
     "publish",
@@ -200,6 +205,77 @@ def test_bad_prompts(client: Any, prompt: dict[str, Any], field: str) -> None:
         with pytest.raises(InvalidArgument) as caught:
             call(**prompt)
         assert caught.value.field == field
+
+
+@pytest.fixture(scope="session")
+def classifiers(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("classifiers")
+    config = {"r": 2, "target_modules": ["q_proj"]}
+    return {
+        task: make_task_adapter(base_model, root / task, task, peft.LoraConfig(**config))
+        for task in ("SEQ_CLS", "TOKEN_CLS")
+    }
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_classes(client: Any, tenant: str, base_model: Path, classifiers: dict[str, Path]) -> None:
+    for task, directory in classifiers.items():
+        client.publish(f"{tenant}/{task.lower().replace('_', '-')}", directory)
+    ids = client.tokenize(PROMPT)
+    right = peft_answer(base_model, classifiers["SEQ_CLS"], "SEQ_CLS", ids)
+    for prompt in ({"prompt": PROMPT}, {"token_ids": ids}):
+        found = client.classify(**prompt, adapter=f"{tenant}/seq-cls")
+        assert found.logits == pytest.approx(right.tolist(), abs=1e-4)
+        assert found.scores == pytest.approx(right.softmax(0).tolist(), abs=1e-4)
+        assert found.label == f"LABEL_{int(right.argmax())}" and found.problem == "single_label"
+        assert (found.adapter, found.usage.prompt_tokens) == (f"{tenant}/seq-cls@1", len(ids))
+    answer = client.classify_tokens(PROMPT, adapter=f"{tenant}/token-cls")
+    right = peft_answer(base_model, classifiers["TOKEN_CLS"], "TOKEN_CLS", ids)
+    for token, row in zip(answer.tokens, right, strict=True):
+        assert token.logits == pytest.approx(row.tolist(), abs=1e-4)
+        assert token.labels == ("LABEL_0", "LABEL_1", "LABEL_2")
+    assert tuple(token.token_id for token in answer.tokens) == ids
+    spans = [token.span for token in answer.tokens if token.span is not None]
+    assert "".join(PROMPT[start:end] for start, end in spans) == PROMPT
+    assert len(spans) == len(ids) - 1 and answer.adapter == f"{tenant}/token-cls@1"
+    pair = client.classify_tokens(pair=("a", PROMPT), adapter=f"{tenant}/token-cls")
+    assert {token.text for token in pair.tokens if token.span} == {0, 1}
+    assert tuple(token.token_id for token in pair.tokens) == client.tokenize(pair=("a", PROMPT))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_embeddings(client: Any, base_model: Path) -> None:
+    ids = client.tokenize(PROMPT)
+    rows = peft_answer(base_model, None, "FEATURE_EXTRACTION", ids)
+    wanted = {None: rows[-1], "first": rows[0], "last": rows[-1], "mean": rows.mean(dim=0)}
+    for pooling, right in wanted.items():
+        found = client.embed(PROMPT, pooling=pooling)
+        assert found.embedding == pytest.approx(right.tolist(), abs=1e-4)
+        assert (found.adapter, found.usage.prompt_tokens) == ("", len(ids))
+    found = client.embed(token_ids=ids, normalize=True)
+    assert found.embedding == pytest.approx((rows[-1] / rows[-1].norm()).tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        ({}, "prompt"),
+        ({"prompt": "x", "pair": ("x", "y")}, "prompt"),
+        ({"pair": ("x", "")}, "prompt.pair.second"),
+        ({"prompt": "x", "token_types": [0]}, "token_types"),
+        ({"token_ids": [5], "token_types": [0]}, "prompt.token_ids.types"),
+        ({"token_ids": [5], "token_types": [2**40]}, "prompt.token_ids.types"),
+    ],
+    ids=ascii,
+)
+def test_bad_prompts_to_look_at(client: Any, arguments: dict[str, Any], field: str) -> None:
+    for call in (client.classify, client.classify_tokens, client.embed):
+        with pytest.raises(InvalidArgument) as caught:
+            call(**arguments)
+        assert caught.value.field == field
+    with pytest.raises(InvalidArgument) as caught:
+        client.embed("x", pooling="cls")
+    assert caught.value.field == "pooling"
 
 
 def test_model_info(client: Any, server: Served) -> None:

@@ -53,11 +53,11 @@ def test_a_completion_is_learned_with_the_end_of_text(tmp_path: Path) -> None:
 def test_a_prompt_has_the_ids_that_a_server_gives_it(tmp_path: Path) -> None:
     encoder, server = Encoder(load(tmp_path), []), Tokenizer(tmp_path)
     completion = encoder.encode(Completion("", "the printer ", "is on fire"))
-    prompt = server.encode("the printer ")
+    prompt = server.encode("the printer ").ids
     assert completion.input_ids[: len(prompt)] == prompt
     assert completion.labels[: len(prompt)] == [IGNORED] * len(prompt)
     conversation = encoder.encode(chat("the printer", "naïve"))
-    prompt = server.chat([ChatMessage("user", "the printer")])
+    prompt = server.chat([ChatMessage("user", "the printer")]).ids
     assert conversation.input_ids[: len(prompt)] == prompt
     assert conversation.labels[: len(prompt)] == [IGNORED] * len(prompt)
     assert conversation.labels[len(prompt)] != IGNORED

@@ -136,16 +136,16 @@ class AdapterServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def UnloadAdapter(self, request, context):
-        """Takes a version off the device, pinned or not; FAILED_PRECONDITION while requests run on it,
-        NOT_FOUND if it is not there.
+        """Takes a version off the device, pinned or not, and the compositions that it is part of;
+        FAILED_PRECONDITION while requests run on any of them, NOT_FOUND if none is there.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WatchAdapters(self, request, context):
-        """Tells what is on the device now, one message each, then every change. Goes on until the
-        caller cancels it or the server drains (UNAVAILABLE).
+        """Tells which versions are on the device now, one message each, then every change. Goes on until
+        the caller cancels it or the server drains (UNAVAILABLE).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

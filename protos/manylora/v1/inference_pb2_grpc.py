@@ -48,6 +48,21 @@ class InferenceServiceStub:
                 request_serializer=manylora_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=manylora_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.Classify = channel.unary_unary(
+                '/manylora.v1.InferenceService/Classify',
+                request_serializer=manylora_dot_v1_dot_inference__pb2.ClassifyRequest.SerializeToString,
+                response_deserializer=manylora_dot_v1_dot_inference__pb2.ClassifyResponse.FromString,
+                _registered_method=True)
+        self.ClassifyTokens = channel.unary_unary(
+                '/manylora.v1.InferenceService/ClassifyTokens',
+                request_serializer=manylora_dot_v1_dot_inference__pb2.ClassifyTokensRequest.SerializeToString,
+                response_deserializer=manylora_dot_v1_dot_inference__pb2.ClassifyTokensResponse.FromString,
+                _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/manylora.v1.InferenceService/Embed',
+                request_serializer=manylora_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=manylora_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/manylora.v1.InferenceService/Tokenize',
                 request_serializer=manylora_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
@@ -82,8 +97,30 @@ class InferenceServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Classify(self, request, context):
+        """Scores a prompt with the classifier of a SEQ_CLS adapter (FAILED_PRECONDITION on another one),
+        or with the base's own where it was trained to classify.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ClassifyTokens(self, request, context):
+        """Scores every token of a prompt with the classifier of a TOKEN_CLS adapter, or the base's own.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Embed(self, request, context):
+        """Makes one vector of a prompt, from the final hidden rows of the base with any adapter on it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Tokenize(self, request, context):
-        """Turns a prompt into the token ids that Generate would run.
+        """Turns a prompt into the token ids that the other calls would run.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -108,6 +145,21 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.StreamGenerate,
                     request_deserializer=manylora_dot_v1_dot_inference__pb2.GenerateRequest.FromString,
                     response_serializer=manylora_dot_v1_dot_inference__pb2.GenerateResponse.SerializeToString,
+            ),
+            'Classify': grpc.unary_unary_rpc_method_handler(
+                    servicer.Classify,
+                    request_deserializer=manylora_dot_v1_dot_inference__pb2.ClassifyRequest.FromString,
+                    response_serializer=manylora_dot_v1_dot_inference__pb2.ClassifyResponse.SerializeToString,
+            ),
+            'ClassifyTokens': grpc.unary_unary_rpc_method_handler(
+                    servicer.ClassifyTokens,
+                    request_deserializer=manylora_dot_v1_dot_inference__pb2.ClassifyTokensRequest.FromString,
+                    response_serializer=manylora_dot_v1_dot_inference__pb2.ClassifyTokensResponse.SerializeToString,
+            ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=manylora_dot_v1_dot_inference__pb2.EmbedRequest.FromString,
+                    response_serializer=manylora_dot_v1_dot_inference__pb2.EmbedResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -178,6 +230,87 @@ class InferenceService:
             '/manylora.v1.InferenceService/StreamGenerate',
             manylora_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
             manylora_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Classify(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/manylora.v1.InferenceService/Classify',
+            manylora_dot_v1_dot_inference__pb2.ClassifyRequest.SerializeToString,
+            manylora_dot_v1_dot_inference__pb2.ClassifyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ClassifyTokens(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/manylora.v1.InferenceService/ClassifyTokens',
+            manylora_dot_v1_dot_inference__pb2.ClassifyTokensRequest.SerializeToString,
+            manylora_dot_v1_dot_inference__pb2.ClassifyTokensResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/manylora.v1.InferenceService/Embed',
+            manylora_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
+            manylora_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
             options,
             channel_credentials,
             insecure,

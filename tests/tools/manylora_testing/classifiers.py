@@ -97,7 +97,13 @@ def _scale(name: str) -> float:
 
 
 @torch.no_grad()
-def peft_answer(base: Path, adapter: Path | None, task: str, ids: Sequence[int]) -> Tensor:
+def peft_answer(
+    base: Path,
+    adapter: Path | None,
+    task: str,
+    ids: Sequence[int],
+    token_types: Sequence[int] = (),
+) -> Tensor:
     """What peft computes: logits [labels] or [len(ids), labels], or hidden rows [len(ids), n]."""
     model: Any
     if adapter is None:
@@ -107,7 +113,8 @@ def peft_answer(base: Path, adapter: Path | None, task: str, ids: Sequence[int])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = peft.PeftModel.from_pretrained(model, adapter).eval()
-    output = model(input_ids=torch.tensor([list(ids)]))
+    types = {"token_type_ids": torch.tensor([list(token_types)])} if token_types else {}
+    output = model(input_ids=torch.tensor([list(ids)]), **types)
     answer: Tensor = output[0][0].float()
     return answer
 

@@ -32,6 +32,7 @@ class Served:
     root: Path  # the store's directory
     server: RpcServer
     loop: asyncio.AbstractEventLoop
+    observer: PrometheusObserver
 
     @property
     def target(self) -> str:
@@ -68,7 +69,8 @@ def served(
                 hold_loads.wait(PATIENCE)
             return store.open_object(digest)
 
-        engine = AsyncEngine(settings, fetch, PrometheusObserver(100))
+        observer = PrometheusObserver(100)
+        engine = AsyncEngine(settings, fetch, observer)
         loop = asyncio.new_event_loop()
         thread = threading.Thread(target=loop.run_forever, name="served")
         thread.start()
@@ -77,7 +79,7 @@ def served(
             enter = asyncio.run_coroutine_threadsafe(running.__aenter__(), loop)
             server = enter.result(PATIENCE)
             try:
-                yield Served(engine, store, root, server, loop)
+                yield Served(engine, store, root, server, loop, observer)
             finally:
                 leave = running.__aexit__(None, None, None)
                 asyncio.run_coroutine_threadsafe(leave, loop).result(PATIENCE)

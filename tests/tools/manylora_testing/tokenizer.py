@@ -25,10 +25,13 @@ _CORPUS = (
 )
 
 
-def tiny_tokenizer(directory: Path, *, chat_template: str | None = CHAT_TEMPLATE) -> Path:
+def tiny_tokenizer(
+    directory: Path, *, chat_template: str | None = CHAT_TEMPLATE, token_types: bool = False
+) -> Path:
     """Saves a tokenizer of `TOKENIZER_VOCAB` tokens at most beside a model; any text round-trips.
 
-    It begins texts with "<s>" (id 1), as Llama's does.
+    It begins texts with "<s>" (id 1), as Llama's does. token_types: it tells a pair's texts apart,
+    as BERT's does.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -41,10 +44,17 @@ def tiny_tokenizer(directory: Path, *, chat_template: str | None = CHAT_TEMPLATE
     )
     tokenizer.train_from_iterator(_CORPUS, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+        single="<s> $A",
+        pair="<s> $A </s> $B:1" if token_types else "<s> $A </s> $B",
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in SPECIAL_TOKENS[1:]],
     )
+    names = ["input_ids", *(["token_type_ids"] if token_types else []), "attention_mask"]
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        model_input_names=names,
     )
     fast.chat_template = chat_template
     fast.save_pretrained(directory)

@@ -1,0 +1,43 @@
+"""Prompts as tokens, whichever form they have."""
+
+from __future__ import annotations
+
+import asyncio
+
+from manylora.errors import InvalidArgument
+from manylora.server.engine.tokenizer import ChatMessage, Encoded, Tokenizer
+from manylora.v1 import inference_pb2 as pb
+
+
+async def read_prompt(tokenizer: Tokenizer, prompt: pb.Prompt) -> Encoded:
+    """Raises InvalidArgument if it is empty, and what the base's chat template raises."""
+    match prompt.WhichOneof("content"):
+        case "text" if prompt.text:
+            return await asyncio.to_thread(tokenizer.encode, prompt.text)
+        case "token_ids" if prompt.token_ids.ids:
+            return Encoded(list(prompt.token_ids.ids), list(prompt.token_ids.types))
+        case "chat" if prompt.chat.messages:
+            return await asyncio.to_thread(_chat, tokenizer, prompt.chat)
+        case "pair":
+            return await asyncio.to_thread(_pair, tokenizer, prompt.pair)
+        case None:
+            raise InvalidArgument("not set", field="prompt", wanted="text, token_ids, chat or pair")
+        case form:
+            raise InvalidArgument("empty", field=f"prompt.{form}")
+
+
+def _pair(tokenizer: Tokenizer, pair: pb.TextPair) -> Encoded:
+    for name in ("first", "second"):
+        if not getattr(pair, name):
+            raise InvalidArgument("empty", field=f"prompt.pair.{name}")
+    return tokenizer.encode(pair.first, pair.second)
+
+
+def _chat(tokenizer: Tokenizer, chat: pb.Chat) -> Encoded:
+    return tokenizer.chat([_message(i, message) for i, message in enumerate(chat.messages)])
+
+
+def _message(index: int, message: pb.ChatMessage) -> ChatMessage:
+    if not message.role:
+        raise InvalidArgument("not set", field=f"prompt.chat.messages[{index}].role")
+    return ChatMessage(message.role, message.content)
