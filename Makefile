@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
 INSTALLED_FROM := pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h kernels/cpu/CMakeLists.txt)
 
-.PHONY: help demo test bench bench-peers matrix check-gpu-kernels lint format kernels protos clean
+.PHONY: help demo test bench bench-peers bench-kernels matrix check-gpu-kernels lint format kernels protos clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -21,6 +21,9 @@ bench: $(VENV)/.installed-bench ## our own speed ratios, a minute
 
 bench-peers: $(VENV)/.installed-bench ## every bar, side by side with vLLM, transformers + peft and llama.cpp
 	$(BIN)/python benchmarks/run.py --peers
+
+bench-kernels: $(VENV)/.installed-bench ## the C++ kernels: their bars, table and plot, two minutes
+	$(BIN)/python benchmarks/kernels_bench.py
 
 matrix: $(VENV)/.installed-dev ## every PEFT method on every architecture against peft
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=tests/tools $(BIN)/python -P -m manylora_testing.matrix

@@ -1,33 +1,24 @@
-"""What paged attention and the small operations cost on this CPU, next to the machine's limit.
-
-    python benchmarks/kernels_attention.py [--threads 2] [--isa avx2] [--quick]
-
-Prints ratios of medians taken in one run, interleaved, because the machine's speed drifts. Decodes
-walk through the caches of several layers, together larger than the processor's cache.
-"""
+"""Paged attention and the small operations of a step on this CPU, and what a call costs."""
 
 from __future__ import annotations
 
-import argparse
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from kernels_timing import DTYPE, READ_BYTES, Call, Ring, medians
 
-from manylora.kernels import AttentionBatch, cpu, make_batch
+from manylora import kernels
+from manylora.kernels import cpu
 from manylora.kernels.cpu import small
 
-DTYPE = torch.bfloat16
-COLD_BYTES = 192 << 20
 BLOCK = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class Heads:
     heads: int
     kv_heads: int
     head_dim: int
@@ -38,163 +29,131 @@ class Shape:
         return 2 * self.kv_heads * self.head_dim * DTYPE.itemsize
 
 
-SMOLLM2 = Shape(9, 3, 64)
-LLAMA3 = Shape(32, 8, 128)
+SMOLLM2 = Heads(9, 3, 64)
+LLAMA3 = Heads(32, 8, 128)
 
 
-class Step:
-    """Sequences that each bring `rows` rows to a context, over the caches of several layers."""
+class Attention:
+    """Sequences that each bring `rows` rows to a context whose blocks lie in any order, over the
+    caches of as many layers as the ring holds."""
 
     def __init__(
-        self, shape: Shape, sequences: int, context: int, rows: int = 1, shuffled: bool = True
+        self, of: Heads, sequences: int, context: int, ring: Ring, rows: int = 1, layers: int = 64
     ) -> None:
-        self.bytes = sequences * context * shape.position_bytes
-        layers = max(1, COLD_BYTES // self.bytes)
         blocks = -(-context // BLOCK)
-        order = np.arange(sequences * blocks)
-        if shuffled:
-            np.random.default_rng(0).shuffle(order)
-        table = order.reshape(sequences, blocks).astype(np.int32)
+        self.nbytes = sequences * context * of.position_bytes
+        order = np.random.default_rng(0).permutation(sequences * blocks).astype(np.int32)
         counts = np.full(sequences, rows, np.int32)
-        self.batch = make_batch(counts, np.full(sequences, context, np.int32), table, BLOCK)
-        size = (2, len(order), shape.kv_heads, BLOCK, shape.head_dim)
-        self.caches = [torch.randn(size, dtype=DTYPE) for _ in range(layers)]
-        self.q = torch.randn(sequences * rows, shape.heads, shape.head_dim, dtype=DTYPE)
-        self.scale = shape.head_dim**-0.5
+        contexts = np.full(sequences, context, np.int32)
+        self.batch = kernels.make_batch(counts, contexts, order.reshape(sequences, blocks), BLOCK)
+        size = (len(order), of.kv_heads, BLOCK, of.head_dim)
+        numel = int(np.prod(size))
+        layers = min(layers, ring.fits(2 * numel))
+        starts = [ring.take(2 * numel) for _ in range(layers)]
+        self.caches = [ring.values[at : at + 2 * numel].view(2, *size) for at in starts]
+        self.q = torch.randn(sequences * rows, of.heads, of.head_dim).to(DTYPE)
+        self.scale = of.head_dim**-0.5
 
-    def attend(self, turn: int) -> None:
+    def ours(self, turn: int) -> None:
         k_cache, v_cache = self.caches[turn % len(self.caches)]
         cpu.paged_attention(self.q, k_cache, v_cache, self.batch, scale=self.scale)
 
 
-def seconds(calls: list[Callable[[int], object]], budget: float) -> list[float]:
-    """Median time of each call, in turns."""
-    for call in calls:
-        call(0)
-    times: list[list[float]] = [[] for _ in calls]
-    end, turn = time.perf_counter() + budget, 0
-    while time.perf_counter() < end or len(times[0]) < 9:
-        for call, found in zip(calls, times, strict=True):
-            for _ in range(3):
-                turn += 1
-                start = time.perf_counter()
-                call(turn)
-                found.append(time.perf_counter() - start)
-    return [statistics.median(found) for found in times]
+@dataclass(frozen=True, slots=True)
+class Decode:
+    """us: microseconds a layer. limit: reading its keys and values once."""
+
+    name: str
+    us: float
+    limit: float
 
 
-def reader() -> tuple[Callable[[int], object], int]:
-    """Reads memory beyond the cache with torch's threads, and how many bytes a call."""
-    blocks = [torch.ones(1 << 20, dtype=torch.float64) for _ in range(COLD_BYTES >> 23)]
-    return lambda turn: blocks[turn % len(blocks)].sum(), 1 << 23
+DECODES = (
+    ("32 x 2000 SmolLM2", SMOLLM2, 32, 2000),
+    ("32 x 160 SmolLM2", SMOLLM2, 32, 160),
+    ("1 x 8000 SmolLM2", SMOLLM2, 1, 8000),
+    ("32 x 2000 Llama-3-8B", LLAMA3, 32, 2000),
+)
 
 
-def line(name: str, value: float, wanted: str, detail: str) -> None:
-    print(f"{name:48} {value:7.2f}  {wanted:7} {detail}")
+def decodes(ring: Ring, budget: float) -> Iterator[Decode]:
+    for name, of, sequences, context in DECODES:
+        step = Attention(of, sequences, context, ring)
+        found, read = medians([step.ours, ring.reader()], budget)
+        yield Decode(name, found * 1e6, step.nbytes * read / READ_BYTES * 1e6)
 
 
-def report_decode(budget: float) -> None:
-    read, read_bytes = reader()
-    cases = (
-        ("32 x 2000 SmolLM2", "<= 1.3", SMOLLM2, 32, 2000, False),
-        ("32 x 2000 SmolLM2, blocks shuffled", "<= 1.3", SMOLLM2, 32, 2000, True),
-        ("32 x 160 SmolLM2, blocks shuffled", "", SMOLLM2, 32, 160, True),
-        ("1 x 8000 SmolLM2, blocks shuffled", "", SMOLLM2, 1, 8000, True),
-        ("8 x 2000 Llama-3-8B, blocks shuffled", "", LLAMA3, 8, 2000, True),
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """An operation in microseconds, ours and torch's."""
+
+    name: str
+    ours: float
+    torchs: float
+
+
+def besides(ring: Ring, budget: float) -> Iterator[Beside]:
+    """Prefill attention of one long prompt, norms, activations."""
+    prompt = Attention(SMOLLM2, 1, 1024, ring, rows=1024, layers=1)
+    q, k, v = (torch.randn(1, n, 1024, 64).to(DTYPE) for n in (9, 3, 3))
+    yield _beside(
+        "prefill attention, 1 x 1024 rows, SmolLM2",
+        prompt.ours,
+        lambda _: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
+        budget,
     )
-    for name, wanted, shape, sequences, context, shuffled in cases:
-        step = Step(shape, sequences, context, shuffled=shuffled)
-        found, reading = seconds([step.attend, read], budget)
-        limit = step.bytes / read_bytes * reading
-        detail = f"{found * 1e6:.0f} us, memory {step.bytes / limit / 1e9:.1f} GB/s"
-        line(f"decode {name} / limit", found / limit, wanted, detail)
+    weight = torch.ones(576, dtype=DTYPE)
+    for rows in (1, 32, 1024):
+        x, residual = torch.randn(2, rows, 576).to(DTYPE)
+        both = torch.randn(rows, 3072).to(DTYPE)
+        yield _beside(
+            f"residual + RMSNorm, {rows} rows of 576",
+            lambda _, x=x, r=residual: small.rms_norm(x, weight, 1e-5, r),  # type: ignore[misc]
+            lambda _, x=x, r=residual: _rms_norm(x, weight, r),  # type: ignore[misc]
+            budget,
+        )
+        yield _beside(
+            f"SiLU * up, {rows} rows of 1536",
+            lambda _, x=both: small.silu_mul(x),  # type: ignore[misc]
+            lambda _, x=both: F.silu(x[:, :1536]) * x[:, 1536:],  # type: ignore[misc]
+            budget,
+        )
 
 
-def base_products(rows: int) -> Callable[[int], object]:
-    """The four matrix products of a SmolLM2 layer."""
-    shapes = ((576, 960), (576, 576), (576, 3072), (1536, 576))
-    pairs = [(torch.randn(rows, i).to(DTYPE), torch.randn(o, i).to(DTYPE)) for i, o in shapes]
-
-    def run(_: int) -> None:
-        for x, w in pairs:
-            F.linear(x, w)
-
-    return run
+def _beside(name: str, ours: Call, torchs: Call, budget: float) -> Beside:
+    found, its = medians([ours, torchs], budget)
+    return Beside(name, found * 1e6, its * 1e6)
 
 
-def report_prefill(budget: float) -> None:
-    for name, sequences, context in (("32 x 128", 32, 128), ("2 x 2000", 2, 2000)):
-        step = Step(SMOLLM2, sequences, context, rows=context)
-        attend, products = seconds([step.attend, base_products(sequences * context)], budget)
-        detail = f"{attend * 1e3:.2f} ms"
-        line(f"prefill {name} SmolLM2 / a layer's products", attend / products, "", detail)
-
-
-def torch_rms_norm(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> None:
+def _rms_norm(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
     """As transformers' LlamaRMSNorm has it."""
     wide = residual.add_(x).float()
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)
-    weight * normed.to(DTYPE)
+    return weight * normed.to(DTYPE)
 
 
-def report_small(budget: float) -> None:
-    weight = torch.ones(576, dtype=DTYPE)
-    for rows in (1, 32, 4096):
-        x, residual = torch.randn(2, rows, 576).to(DTYPE)
-        gate_up = torch.randn(rows, 3072).to(DTYPE)
-        ours, torchs, gate, torch_gate = seconds(
-            [
-                lambda _, x=x, r=residual: small.rms_norm(x, weight, 1e-5, r),
-                lambda _, x=x, r=residual: torch_rms_norm(x, weight, r),
-                lambda _, x=gate_up: small.silu_mul(x),
-                lambda _, x=gate_up: F.silu(x[:, :1536]) * x[:, 1536:],
-            ],
-            budget,
-        )
-        line(
-            f"{rows} rows: torch's add + RMSNorm / ours", torchs / ours, "", f"{ours * 1e6:.1f} us"
-        )
-        line(
-            f"{rows} rows: torch's silu * up / ours", torch_gate / gate, "", f"{gate * 1e6:.1f} us"
-        )
-
-
-def one_row() -> tuple[torch.Tensor, torch.Tensor, AttentionBatch]:
-    """q, a cache and a step of next to no work."""
+def call_costs(budget: float) -> dict[str, float]:
+    """Microseconds of a call from Python with next to nothing to do, less what torch takes to make
+    the output, where there is one."""
     one = np.ones(1, np.int32)
-    batch = make_batch(one, one, np.zeros((1, 1), np.int32), 1)
-    return torch.ones(1, 1, 2, dtype=DTYPE), torch.ones(1, 1, 1, 2, dtype=DTYPE), batch
-
-
-def report_overhead(budget: float) -> None:
-    q, cache, batch = one_row()
-    weight, x, both = torch.ones(2, dtype=DTYPE), q[0], torch.ones(1, 2, dtype=DTYPE)
-    calls: dict[str, Callable[[int], object]] = {
-        "paged_attention": lambda _: cpu.paged_attention(q, cache, cache, batch, scale=1.0),
+    batch = kernels.make_batch(one, one, np.zeros((1, 1), np.int32), 1)
+    q, cache = torch.ones(1, 1, 2, dtype=DTYPE), torch.ones(1, 1, 1, 2, dtype=DTYPE)
+    x, both = torch.ones(1, 2, dtype=DTYPE), torch.ones(1, 4, dtype=DTYPE)
+    plan = kernels.make_plan(np.zeros(1, np.int32))
+    group, table = kernels.SliceGroup.single(0, 2), kernels.EditTable(1, 1)
+    weight = torch.ones(2, dtype=DTYPE)
+    in_place: dict[str, Call] = {
+        "apply_edits_": lambda _: cpu.apply_edits_(x, x, group, x, table, plan),
         "write_kv": lambda _: cpu.write_kv(q, q, cache, cache, batch),
+    }
+    with_output: dict[str, Call] = {
+        "paged_attention": lambda _: cpu.paged_attention(q, cache, cache, batch, scale=1.0),
         "rms_norm": lambda _: small.rms_norm(x, weight, 1e-5, x),
         "silu_mul": lambda _: small.silu_mul(both),
-        "torch.empty_like": lambda _: torch.empty_like(q),
     }
-    for name, found in zip(calls, seconds(list(calls.values()), budget), strict=True):
-        line(f"a call with next to no work, us: {name}", found * 1e6, "<= 3", "")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--isa", default=cpu.current_isa(), choices=cpu.isas())
-    parser.add_argument("--quick", action="store_true", help="a rough answer in a few seconds")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    cpu.set_isa(options.isa)
-    budget = 0.3 if options.quick else 3.0
-    print(f"{options.threads} threads, {options.isa}")
-    report_decode(budget)
-    report_prefill(budget)
-    report_small(budget)
-    report_overhead(budget)
-
-
-if __name__ == "__main__":
-    main()
+    calls: list[Call] = [lambda _: torch.empty_like(x), *in_place.values(), *with_output.values()]
+    output, *found = medians(calls, budget)
+    return {
+        name: (us - output if name in with_output else us) * 1e6
+        for name, us in zip([*in_place, *with_output], found, strict=True)
+    }

@@ -1,167 +1,190 @@
-"""What the low-rank edits cost on this CPU, next to the machine's limit and to plain torch.
-
-    python benchmarks/kernels_edits.py [--threads 2] [--isa avx2] [--quick]
-
-Prints ratios of medians taken in one run, interleaved, because the machine's speed drifts. Weights
-are walked through a ring of modules larger than the cache where a line says "cold".
-"""
+"""The low-rank edits on this CPU: beside the reading of their bytes, torch's ways, the base."""
 
 from __future__ import annotations
 
-import argparse
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from kernels_timing import DTYPE, READ_BYTES, Call, Ring, medians
 
 from manylora import kernels
 from manylora.kernels import cpu
 
-DTYPE = torch.bfloat16
-COLD_BYTES = 256 << 20
+MODULES = 512
+"""Different weights that the turns of a case go through, unless the ring holds fewer."""
+
+MOST_GATHERED = 40 << 20
+"""bmm and einsum copy every row's weights; where that is more bytes, they are not timed."""
+
+SHAPES = {
+    "SmolLM2-135M": ((576, 576), (576, 1536), (1536, 576)),
+    "Llama-3-8B": ((4096, 4096), (4096, 14336), (14336, 4096)),
+}
+ROWS_AND_ADAPTERS = (
+    (1, 1),
+    (8, 1),
+    (8, 8),
+    (32, 1),
+    (32, 8),
+    (32, 32),
+    (128, 1),
+    (128, 8),
+    (128, 32),
+)
+RANKS = (8, 16, 64)
 
 
+@dataclass(slots=True, frozen=True)
 class Case:
-    """`rows` rows spread over `adapters` adapters, on `modules` modules in -> out."""
+    """`rows` rows dealt out to `adapters` adapters of one rank, in_size -> out_size."""
 
-    def __init__(
-        self, rows: int, adapters: int, rank: int, sizes: tuple[int, int], modules: int
-    ) -> None:
-        size_in, size_out = sizes
-        self.modules = modules
-        self.bytes = adapters * rank * (size_in + size_out) * DTYPE.itemsize
-        self.a = torch.randn(modules, adapters, rank, size_in, dtype=DTYPE)
-        self.b = torch.randn(modules, adapters, size_out, rank, dtype=DTYPE)
-        self.x = torch.randn(rows, size_in).to(DTYPE)
-        self.y = torch.zeros(rows, size_out, dtype=DTYPE)
-        self.index = torch.arange(rows) % adapters
-        self.pool, self.table = self._arena(adapters, rank)
-        self.groups = [kernels.SliceGroup.single(m, size_out) for m in range(modules)]
+    rows: int
+    adapters: int
+    rank: int
+    in_size: int
+    out_size: int
+
+    @property
+    def numel(self) -> int:
+        """Elements of one adapter's A and B, to whole cache lines."""
+        return -(-self.rank * (self.in_size + self.out_size) // 32) * 32
+
+    @property
+    def nbytes(self) -> int:
+        """A and B of all adapters, each read once."""
+        return self.adapters * self.rank * (self.in_size + self.out_size) * DTYPE.itemsize
+
+    @property
+    def gathered(self) -> int:
+        """A and B of every row's adapter, in bytes."""
+        return self.rows * self.nbytes // self.adapters
+
+    def __str__(self) -> str:
+        which = f"{self.adapters} x r{self.rank}"
+        return f"{self.rows} rows, {which}, {self.in_size}->{self.out_size}"
+
+
+def cases(shape: tuple[int, int]) -> Iterator[Case]:
+    for rows, adapters in ROWS_AND_ADAPTERS:
+        for rank in RANKS:
+            yield Case(rows, adapters, rank, *shape)
+
+
+class Edits:
+    """A case's tensors: `modules` modules of every adapter, in the ring."""
+
+    def __init__(self, case: Case, ring: Ring, modules: int = MODULES) -> None:
+        self.case = case
+        self.modules = min(modules, ring.fits(case.adapters * case.numel))
+        self.pool = ring.values
+        self.x = torch.randn(case.rows, case.in_size).to(DTYPE)
+        self.y = torch.zeros(case.rows, case.out_size, dtype=DTYPE)
+        self.index = torch.arange(case.rows) % case.adapters
         self.plan = kernels.make_plan(self.index.numpy().astype(np.int32))
-
-    def _arena(self, adapters: int, rank: int) -> tuple[torch.Tensor, kernels.EditTable]:
-        table = kernels.EditTable(adapters, self.modules)
-        packed = torch.stack([cpu.pack_b(b, DTYPE) for b in self.b.flatten(0, 1)])
-        packed = packed.view(self.modules, adapters, -1)
-        pool = torch.cat([self.a.flatten(2), packed], dim=2).transpose(0, 1).contiguous()
-        ranks = np.full(self.modules, rank, np.int32)
-        for slot in range(adapters):
+        self.starts = [ring.take(case.adapters * case.numel) for _ in range(self.modules)]
+        self.groups = [kernels.SliceGroup.single(m, case.out_size) for m in range(self.modules)]
+        self.table = kernels.EditTable(case.adapters, self.modules)
+        ranks, scales = np.full(self.modules, case.rank), np.ones(self.modules)
+        for slot in range(case.adapters):
             offsets = np.full((self.modules, 5), -1, np.int64)
-            offsets[:, 0] = (np.arange(self.modules) + slot * self.modules) * pool.shape[2]
-            offsets[:, 1] = offsets[:, 0] + self.a[0, 0].numel()
-            table.write(slot, ranks, np.ones(self.modules, np.float32), offsets)
-        return pool.flatten(), table
+            offsets[:, 0] = np.array(self.starts) + slot * case.numel
+            offsets[:, 1] = offsets[:, 0] + case.rank * case.in_size
+            self.table.write(slot, ranks.astype(np.int32), scales.astype(np.float32), offsets)
 
-    def edits(self, module: int) -> None:
-        cpu.apply_edits_(self.y, self.x, self.groups[module], self.pool, self.table, self.plan)
+    def ours(self, turn: int) -> None:
+        group = self.groups[turn % self.modules]
+        cpu.apply_edits_(self.y, self.x, group, self.pool, self.table, self.plan)
 
-    def bmm(self, module: int) -> None:
-        a, b = self.a[module][self.index], self.b[module][self.index]
+    def factors(self, turn: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A [adapters, rank, in] and B [adapters, out, rank] of a module, as peft has them."""
+        case, start = self.case, self.starts[turn % self.modules]
+        both = self.pool[start : start + case.adapters * case.numel].view(case.adapters, -1)
+        a, b, _ = both.split_with_sizes(
+            [
+                case.rank * case.in_size,
+                rest := case.rank * case.out_size,
+                both.shape[1] - rest - case.rank * case.in_size,
+            ],
+            1,
+        )
+        return a.view(-1, case.rank, case.in_size), b.view(-1, case.out_size, case.rank)
+
+    def bmm(self, turn: int) -> None:
+        a, b = (factor[self.index] for factor in self.factors(turn))
         self.y += torch.bmm(b, torch.bmm(a, self.x.unsqueeze(2))).squeeze(2)
 
-    def einsum(self, module: int) -> None:
-        a, b = self.a[module][self.index], self.b[module][self.index]
+    def einsum(self, turn: int) -> None:
+        a, b = (factor[self.index] for factor in self.factors(turn))
         self.y += torch.einsum("bor,br->bo", b, torch.einsum("bri,bi->br", a, self.x))
 
 
-def base(rows: int, sizes: tuple[int, int]) -> list[Callable[[int], object]]:
-    """F.linear, and oneDNN's product with weights reordered for it where torch has that."""
-    x, w = torch.randn(rows, sizes[0]).to(DTYPE), torch.randn(sizes[1], sizes[0]).to(DTYPE)
-    calls: list[Callable[[int], object]] = [lambda _: F.linear(x, w)]
-    if hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
-        packed = torch.ops.mkldnn._reorder_linear_weight(w, rows)
-        calls.append(lambda _: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], ""))
-    return calls
+class Base:
+    """The base product of `rows` rows: F.linear, oneDNN's with its weight reordered, and ours."""
+
+    def __init__(self, rows: int, in_size: int, out_size: int) -> None:
+        x, w = torch.randn(rows, in_size).to(DTYPE), torch.randn(out_size, in_size).to(DTYPE)
+        self.calls: list[Call] = [lambda _: F.linear(x, w)]
+        if hasattr(torch.ops.mkldnn, "_reorder_linear_weight") and _takes_bfloat16():
+            packed = torch.ops.mkldnn._reorder_linear_weight(w, rows)
+            linear = torch.ops.mkldnn._linear_pointwise
+            self.calls.append(lambda _: linear(x, packed, None, "none", [], ""))
+        self.engine: Call | None = None
+        if cpu.packs(w):
+            weight = cpu.PackedWeight(w, cpu.HugeArena())
+            self.engine = lambda _: cpu.linear(x, weight)
 
 
-def seconds(calls: list[Callable[[int], object]], modules: int, budget: float) -> list[float]:
-    """Median time of each call, in turns, each walking through the modules."""
-    for call in calls:
-        for module in range(min(modules, 3)):
-            call(module)
-    times: list[list[float]] = [[] for _ in calls]
-    end, module = time.perf_counter() + budget, 0
-    while time.perf_counter() < end or len(times[0]) < 10:
-        for call, found in zip(calls, times, strict=True):
-            for _ in range(8):
-                module = (module + 1) % modules
-                start = time.perf_counter()
-                call(module)
-                found.append(time.perf_counter() - start)
-    return [statistics.median(found[len(found) // 8 :]) for found in times]
+def _takes_bfloat16() -> bool:
+    """Whether oneDNN multiplies bfloat16 on this machine, as it was told to see it."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def reader() -> tuple[Callable[[int], object], int]:
-    """Reads memory beyond the cache with torch's threads, and how many bytes a call."""
-    blocks = [torch.ones(1 << 20, dtype=torch.float64) for _ in range(COLD_BYTES >> 23)]
-    return lambda module: blocks[module % len(blocks)].sum(), 1 << 23
+@dataclass(slots=True, frozen=True)
+class Line:
+    """A case's line of the table, in microseconds; None: not timed.
+
+    cold: weights from memory. limit: reading them once, at the bandwidth of the run. warm: the same
+    weights again and again, as for all that follows. base: the better of F.linear and oneDNN's
+    reordered. engine: the product of our own.
+    """
+
+    case: Case
+    cold: float
+    limit: float
+    warm: float
+    bmm: float | None
+    einsum: float | None
+    base: float
+    engine: float | None
 
 
-def line(name: str, value: float, wanted: str, detail: str) -> None:
-    print(f"{name:44} {value:7.2f}  {wanted:8} {detail}")
+def table(model: str, ring: Ring, budget: float) -> Iterator[Line]:
+    """A line for each case of a model's shapes."""
+    (read,) = medians([ring.reader()], 0.3)
+    for shape in SHAPES[model]:
+        bases = {rows: _base_times(rows, shape, budget) for rows in (1, 8, 32, 128)}
+        for case in cases(shape):
+            yield _line(case, ring, read / READ_BYTES, bases[case.rows], budget)
 
 
-def report_decode(shapes: list[tuple[int, int, int]], budget: float) -> None:
-    read, read_bytes = reader()
-    for size_in, size_out, rank in shapes:
-        each = 32 * rank * (size_in + size_out) * DTYPE.itemsize
-        case = Case(32, 32, rank, (size_in, size_out), max(2, COLD_BYTES // each))
-        found, reading = seconds([case.edits, read], case.modules, budget)
-        limit = case.bytes / read_bytes * reading
-        name = f"cold decode 32 x r{rank} {size_in}->{size_out} / limit"
-        line(
-            name,
-            found / limit,
-            "<= 1.3",
-            f"{found * 1e6:.0f} us at {case.bytes / limit / 1e9:.1f} GB/s",
-        )
+def _base_times(rows: int, shape: tuple[int, int], budget: float) -> tuple[float, float | None]:
+    base = Base(rows, *shape)
+    ours = [] if base.engine is None else [base.engine]
+    found = medians([*base.calls, *ours], budget, 100)
+    return min(found[: len(base.calls)]) * 1e6, found[-1] * 1e6 if ours else None
 
 
-def report_ratios(budget: float) -> None:
-    warm = Case(32, 32, 16, (576, 1536), 1)
-    edits, bmm, einsum, *products = seconds(
-        [warm.edits, warm.bmm, warm.einsum, *base(32, (576, 1536))], 1, budget
-    )
-    line(
-        "decode 32 x r16 576->1536 / base", edits / min(products), "<= 0.2", f"{edits * 1e6:.1f} us"
-    )
-    line("bmm on gathered weights / edits", bmm / edits, ">= 8", f"{bmm * 1e6:.0f} us")
-    line("gather + einsum / edits", einsum / edits, ">= 15", f"{einsum * 1e6:.0f} us")
-    for sizes in ((576, 1536), (1536, 576), (4096, 4096)):
-        prefill = Case(256, 1, 16, sizes, 1)
-        edits, *products = seconds([prefill.edits, *base(256, sizes)], 1, budget)
-        name = f"prefill 256 x 1 of r16 {sizes[0]}->{sizes[1]} / base"
-        line(name, edits / min(products), "<= 0.15", f"{edits * 1e6:.1f} us")
-    for rows, adapters in ((1, 1), (8, 8), (32, 1), (128, 32)):
-        case = Case(rows, adapters, 16, (576, 1536), 1)
-        edits, *products = seconds([case.edits, *base(rows, (576, 1536))], 1, budget)
-        name = f"{rows} rows of {adapters} r16 576->1536 / base"
-        line(name, edits / min(products), "", f"{edits * 1e6:.1f} us")
-
-
-def report_overhead(budget: float) -> None:
-    tiny = Case(1, 1, 1, (1, 1), 1)
-    (found,) = seconds([tiny.edits], 1, budget)
-    line("a call with next to no work, us", found * 1e6, "<= 3", "")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--isa", default=cpu.current_isa(), choices=cpu.isas())
-    parser.add_argument("--quick", action="store_true", help="a rough answer in a few seconds")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    cpu.set_isa(options.isa)
-    budget = 0.2 if options.quick else 2.0
-    print(f"{options.threads} threads, {options.isa}")
-    report_decode([(576, 1536, 16), (576, 1536, 64), (4096, 4096, 16)], budget)
-    report_ratios(budget)
-    report_overhead(budget)
-
-
-if __name__ == "__main__":
-    main()
+def _line(
+    case: Case, ring: Ring, per_byte: float, base: tuple[float, float | None], budget: float
+) -> Line:
+    cold_edits, warm_edits = Edits(case, ring), Edits(case, ring, modules=1)
+    (cold,) = medians([cold_edits.ours], budget, cold_edits.modules)
+    others: list[Call] = []
+    if case.gathered <= MOST_GATHERED:
+        others = [warm_edits.bmm, warm_edits.einsum]
+    warm, *rest = (t * 1e6 for t in medians([warm_edits.ours, *others], budget, 200))
+    bmm, einsum = rest or (None, None)
+    return Line(case, cold * 1e6, case.nbytes * per_byte * 1e6, warm, bmm, einsum, *base)
