@@ -10,7 +10,7 @@ import torch
 
 from manylora.kernels import make_plan
 from manylora.server.engine.model import EncoderInputs, EncoderModel
-from manylora.server.engine.prefix import Prefix, virtual_rows
+from manylora.server.engine.prefix import Prefix, keys_values, virtual_rows
 from manylora.server.engine.scheduler import Chunk
 from manylora.server.engine.sequence import Sequence
 from manylora.server.engine.types import PooledTask
@@ -26,22 +26,34 @@ def encoder_inputs(model: EncoderModel, chunks: Seq[Chunk], device: torch.device
     counts = [chunk.count for chunk in chunks]
     ends = np.cumsum([0, *counts]).tolist()
     tokens = [max(token, 0) for s in sequences for token in s.tokens]
-    positions = [p for s in sequences for p in model.positions(s.tokens, s.prefix_tokens)]
-    prefixes: list[tuple[int, range, Prefix]] = [
+    virtual: list[tuple[int, range, Prefix]] = [
         (first, range(s.prefix_tokens), s.prefix)
         for first, s in zip(ends, sequences, strict=False)
-        if s.prefix is not None
+        if s.prefix is not None and s.prefix_tokens
     ]
     slots = np.array([s.slot for s in sequences], np.int32)
     types = [t for s in sequences for t in _token_types(s)] if _any_types(sequences) else None
     return EncoderInputs(
         token_ids=torch.tensor(tokens, device=device),
-        positions=torch.tensor(positions, device=device),
+        positions=torch.tensor([p for s in sequences for p in _positions(model, s)], device=device),
         plan=make_plan(np.repeat(slots, counts), device),
         spans=list(itertools.pairwise(ends)),
+        prefixes=[_keys_values(model, s) for s in sequences],
         token_types=None if types is None else torch.tensor(types, device=device),
-        virtual=virtual_rows(prefixes, device),
+        virtual=virtual_rows(virtual, device),
     )
+
+
+def _positions(model: EncoderModel, sequence: Sequence) -> list[int]:
+    own = sequence.prefix_tokens
+    before = 0 if own or sequence.prefix is None else sequence.prefix.tokens
+    return model.positions(sequence.tokens, own, before)
+
+
+def _keys_values(model: EncoderModel, sequence: Sequence) -> torch.Tensor | None:
+    if sequence.prefix is None or sequence.prefix_tokens:
+        return None
+    return keys_values(model.step.pool, sequence.prefix, 0, len(model.kv_layout))
 
 
 def _any_types(sequences: Seq[Sequence]) -> bool:
@@ -50,9 +62,9 @@ def _any_types(sequences: Seq[Sequence]) -> bool:
 
 def _token_types(sequence: Sequence) -> list[int]:
     """Virtual tokens have type 0; where an embedding is wanted, peft leaves out all types behind
-    them."""
+    them and behind a prefix."""
     request = sequence.request
     embeds = request.pooling is not None and request.pooling.task is PooledTask.EMBED
-    if not request.token_types or (embeds and sequence.prefix_tokens):
+    if not request.token_types or (embeds and sequence.prefix is not None):
         return [0] * len(sequence.tokens)
     return [0] * sequence.prefix_tokens + list(request.token_types)

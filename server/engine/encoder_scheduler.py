@@ -92,13 +92,15 @@ class EncoderScheduler:
         self.running.append(sequence)
 
     def _too_long(self, sequence: Sequence) -> InvalidArgument | None:
-        """Once its adapter is resident: gives the sequence the adapter's own tokens."""
-        sequence.prepend(self._residency.prefix(sequence.request.adapter))
-        if len(sequence.tokens) <= self._max_context:
+        """Once its adapter is resident: gives the sequence what the adapter puts before it."""
+        prefix = self._residency.prefix(sequence.request.adapter)
+        before = 0 if prefix is None else prefix.tokens
+        sequence.prepend_rows(prefix)
+        if before + sequence.prompt_tokens <= self._max_context:
             return None
         return InvalidArgument(
             "longer than the context has room for behind the adapter's own tokens",
             field="prompt",
             found=f"{sequence.prompt_tokens} tokens",
-            wanted=f"at most {self._max_context - sequence.prefix_tokens}",
+            wanted=f"at most {self._max_context - before}",
         )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from manylora.adapters_store.edits import LoweredAdapter
-from manylora.adapters_store.files import WEIGHTS_FILE
+from manylora.adapters_store.files import CONFIG_FILE, WEIGHTS_FILE
 from manylora.errors import FailedPrecondition
 from manylora.server.engine.model import AdaptedModel, EncoderModel, VirtualRows
 from manylora.server.engine.packing import PackedPrefix
@@ -59,13 +59,18 @@ def virtual_rows(
     return VirtualRows(torch.tensor(rows, device=device), torch.tensor(offsets, device=device))
 
 
+def keys_values(pool: Tensor, prefix: Prefix, first: int, layers: int) -> Tensor:
+    """Those of tokens `first` onward, where they lie: [tokens, layers, 2, kv_heads * head_dim]."""
+    begin, end = prefix.offset(first), prefix.offset(prefix.tokens)
+    return pool[begin:end].view(prefix.tokens - first, layers, 2, -1)
+
+
 def write_prefix(
     model: AdaptedModel, block_size: int, prefix: Prefix, blocks: Sequence[int], first: int
 ) -> None:
     """Copies the keys and values of tokens `first` onward into a sequence's blocks."""
-    begin, end = prefix.offset(first), prefix.offset(prefix.tokens)
     count = prefix.tokens - first
-    rows = model.step.pool[begin:end].view(count, len(model.layers), 2, -1)
+    rows = keys_values(model.step.pool, prefix, first, len(model.layers))
     positions = torch.arange(first, prefix.tokens)
     block = torch.tensor(blocks)[positions // block_size].to(rows.device)
     offset = (positions % block_size).to(rows.device)
@@ -87,7 +92,13 @@ def check_prefix(
     elif lowered.prefix is not None:
         given = lowered.prefix
         sizes = {heads * dim for heads, dim in model.kv_layout}
-        wanted = (len(model.layers), 2, max(sizes))
+        if not sizes:
+            raise FailedPrecondition(
+                "peft puts no keys and values before this base",
+                field=f"{CONFIG_FILE}: peft_type",
+                wanted="virtual tokens, or another method",
+            )
+        wanted = (len(model.kv_layout), 2, max(sizes))
         found = tuple(given.shape[1:])
         if len(sizes) > 1:
             raise FailedPrecondition(

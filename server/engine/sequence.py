@@ -35,7 +35,7 @@ class Sequence:
     blocks: BlockList | None = None  # None: waiting
     slot: int = -1  # edit-table row; -1: the base
     prefix: Prefix | None = None  # while it has a slot
-    prefix_tokens: int = 0  # leading tokens that are the adapter's own
+    prefix_tokens: int = 0  # leading tokens that are the adapter's own; none for keys on encoders
     computed: int = 0  # leading tokens whose KV is in the cache
     cached_tokens: int = 0
     overtaken: int = 0  # younger requests admitted before this one
@@ -74,6 +74,13 @@ class Sequence:
         own = token_ids(prefix)
         self.tokens[: self.prefix_tokens] = own
         self.prefix, self.prefix_tokens = prefix, len(own)
+
+    def prepend_rows(self, prefix: Prefix | None) -> None:
+        """As `prepend`, on a base without a cache: keys and values are no tokens there."""
+        if prefix is not None and prefix.packed.keys_values:
+            self.prefix = prefix
+        else:
+            self.prepend(prefix)
 
     def append(self, token: int, now: float) -> None:
         self.tokens.append(token)

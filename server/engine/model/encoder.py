@@ -16,13 +16,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.models.bert.modeling_bert import BertPooler
 
-from manylora.adapters_store.edits import LoweredAdapter
-from manylora.adapters_store.files import CONFIG_FILE
-from manylora.adapters_store.format import Checkpoint
 from manylora.adapters_store.head import Task
-from manylora.errors import FailedPrecondition
 from manylora.kernels import Plan, make_plan
-from manylora.server.engine.model.attach import LayerAttention
 from manylora.server.engine.model.record import check_keywords
 from manylora.server.engine.model.step import VirtualRows
 from manylora.server.engine.model.tree import AdaptedTree
@@ -33,23 +28,31 @@ ATTENTION = "manylora_full"
 SPANS = "manylora_spans"
 """Attribute of an attention module that holds the model's `Spans`."""
 
+LAYER = "manylora_layer"
+"""Attribute of an attention module: which of the model's it is."""
+
 
 @dataclass(slots=True)
 class Spans:
-    """Where the step's sequences lie in the flat batch: first row, and row after the last."""
+    """Where the step's sequences lie in the flat batch: first row, and row after the last.
+    prefixes: what comes before each, see `EncoderInputs`."""
 
     spans: Sequence[tuple[int, int]] = ()
+    prefixes: Sequence[Tensor | None] = ()
 
 
 @dataclass(slots=True, frozen=True)
 class EncoderInputs:
     """One step. token_ids, positions: int64 [rows]; token_types: likewise, or None for all 0;
-    plan: the rows' slots; spans: see `Spans`; virtual: see `StepInputs`."""
+    plan: the rows' slots; spans: see `Spans`; virtual: see `StepInputs`; prefixes: for each of
+    `spans` keys and values that its rows see besides their own, [n, layers, 2, heads * head_dim],
+    or None."""
 
     token_ids: Tensor
     positions: Tensor
     plan: Plan
     spans: Sequence[tuple[int, int]]
+    prefixes: Sequence[Tensor | None]
     token_types: Tensor | None = None
     virtual: VirtualRows | None = None
 
@@ -59,21 +62,14 @@ class EncoderModel(AdaptedTree):
     """transformers' class for sequences or tokens, with our twins in it.
 
     first_position: of a sequence's first token. skips_padding: whether padding takes no position.
+    kv_layout: (heads, head_dim) of each attention layer, for prefixes; nothing is cached. Empty
+    where peft puts none before this model.
     """
 
     spans: Spans
     first_position: int
     skips_padding: bool
-
-    @property
-    def kv_layout(self) -> list[tuple[int, int]]:
-        """Nothing is cached."""
-        return []
-
-    @property
-    def layers(self) -> list[LayerAttention]:
-        """None has a cache."""
-        return []
+    kv_layout: list[tuple[int, int]]
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -84,27 +80,13 @@ class EncoderModel(AdaptedTree):
         """How many token types it tells apart; 0: it knows none."""
         return int(getattr(self.config, "type_vocab_size", 0))
 
-    def lower(self, checkpoint: Checkpoint) -> LoweredAdapter:
-        """The adapter's edits by names of `modules`, and its head.
-
-        Raises InvalidArgument or FailedPrecondition if it is broken, not served or does not fit.
-        """
-        lowered = AdaptedTree.lower(self, checkpoint)
-        if lowered.prefix is not None:
-            raise FailedPrecondition(
-                "keys and values before the text are not served on an encoder",
-                field=f"{CONFIG_FILE}: peft_type",
-                found=checkpoint.config.get("peft_type"),
-                wanted="virtual tokens, or another method",
-            )
-        return lowered
-
-    def positions(self, tokens: Sequence[int], virtual: int) -> list[int]:
+    def positions(self, tokens: Sequence[int], virtual: int, before: int = 0) -> list[int]:
         """Of a sequence's tokens, `virtual` of which come before the text, as transformers
-        counts them."""
+        counts them. before: how many keys of a prefix come before all of them."""
+        first = self.first_position + before
         if not self.skips_padding or virtual:
-            return list(range(self.first_position, self.first_position + len(tokens)))
-        pad, seen, positions = self.tasks.pad_token_id, 0, []
+            return list(range(first, first + len(tokens)))
+        pad, seen, positions = self.tasks.pad_token_id, before, []
         for token in tokens:
             seen += token != pad
             positions.append(self.first_position - 1 + (seen if token != pad else 0))
@@ -114,7 +96,7 @@ class EncoderModel(AdaptedTree):
     def forward(self, inputs: EncoderInputs) -> None:
         """One step; the final hidden rows are in `step.hidden` then."""
         step = self.step
-        self.spans.spans = inputs.spans
+        self.spans.spans, self.spans.prefixes = inputs.spans, inputs.prefixes
         step.virtual = inputs.virtual
         self._plan(inputs.plan)
         types = {} if inputs.token_types is None else {"token_type_ids": inputs.token_types[None]}
@@ -178,7 +160,8 @@ def full_attention(
     sliding_window: int | None = None,
     **keywords: object,
 ) -> tuple[Tensor, None]:
-    """Every row sees all of its own sequence, or what is less than `sliding_window` away.
+    """Every row sees all of its own sequence and of the prefix before it, or what is less than
+    `sliding_window` away.
 
     A keyword that is not understood raises FailedPrecondition.
 
@@ -191,12 +174,22 @@ def full_attention(
     check_keywords(module, keywords)
     spans: Spans = getattr(module, SPANS)
     out = torch.empty_like(query.transpose(1, 2))
-    for first, end in spans.spans:
+    for (first, end), prefix in zip(spans.spans, spans.prefixes, strict=True):
         q, k, v = (t[:, :, first:end] for t in (query, key, value))
         mask = _near(end - first, sliding_window, query.device)
+        if prefix is not None:
+            k, v = _behind(prefix[:, getattr(module, LAYER)], k, v)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
         out[:, first:end] = mixed.transpose(1, 2)
     return out, None
+
+
+def _behind(prefix: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """prefix: [n, 2, heads * head_dim]; key, value: [1, heads, rows, head_dim] → the same behind
+    the prefix's, [1, heads, n + rows, head_dim]."""
+    n, heads, size = len(prefix), key.shape[1], key.shape[3]
+    before = prefix.view(n, 2, heads, size).permute(1, 2, 0, 3)[:, None]
+    return torch.cat((before[0], key), dim=2), torch.cat((before[1], value), dim=2)
 
 
 def _near(rows: int, window: int | None, device: torch.device) -> Tensor | None:

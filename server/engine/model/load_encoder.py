@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from manylora.adapters_store.head import Head, HeadLayer, Task
@@ -17,6 +18,7 @@ from manylora.server.engine.model.adapt import adapt
 from manylora.server.engine.model.checkpoint import BaseCheckpoint
 from manylora.server.engine.model.encoder import (
     ATTENTION,
+    LAYER,
     SPANS,
     AsidePooler,
     EncoderInputs,
@@ -49,9 +51,10 @@ def adapt_encoder(checkpoint: BaseCheckpoint, kernels: Backend) -> EncoderModel:
     modules = adapt(model, linears, None, others, step)
     keep_hidden(model, step)
     spans = Spans()
-    for module in model.base_model.modules():
-        if hasattr(module, "is_causal"):
-            setattr(module, SPANS, spans)
+    attentions = [module for module in model.base_model.modules() if hasattr(module, "is_causal")]
+    for i, module in enumerate(attentions):
+        setattr(module, SPANS, spans)
+        setattr(module, LAYER, i)
     model.config._attn_implementation = ATTENTION
     views = make_views(
         modules, model.base_model_prefix, encoder_forms(model.config, stems), generates=False
@@ -72,6 +75,7 @@ def adapt_encoder(checkpoint: BaseCheckpoint, kernels: Backend) -> EncoderModel:
         tasks=replace(read_task_base(model.config, views, Rows.MEAN), head=own),
         first_position=first,
         skips_padding=counts_from_pad,
+        kv_layout=_kv_layout(model, attentions),
     )
     _check(encoder, samples, wanted)
     return encoder
@@ -93,6 +97,13 @@ def _stems(model: PreTrainedModel, lacking: frozenset[str]) -> tuple[str, Mappin
         return "", {Task.SEQ_CLS: "", Task.TOKEN_CLS: ""}
     absent = stem and any(name.startswith(f"{stem}.") for name in lacking)
     return stem, {task: own for task, own in by_task.items() if not (own and absent)}
+
+
+def _kv_layout(model: PreTrainedModel, attentions: list[nn.Module]) -> list[tuple[int, int]]:
+    """Of a model that takes keys and values before the text: peft asks its signature."""
+    if "past_key_values" not in inspect.signature(model.base_model.forward).parameters:
+        return []
+    return [(int(m.num_attention_heads), int(m.attention_head_size)) for m in attentions]  # type: ignore[arg-type]
 
 
 def _look(model: PreTrainedModel, stem: str) -> tuple[list[str], list[str]]:
@@ -143,6 +154,7 @@ def _check(encoder: EncoderModel, samples: list[Tensor], wanted: list[Tensor]) -
             positions=torch.tensor(positions, device=encoder.device),
             plan=rows,
             spans=list(itertools.pairwise(ends)),
+            prefixes=[None] * len(samples),
         )
     )
     right = torch.cat(wanted).float()

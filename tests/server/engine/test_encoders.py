@@ -28,6 +28,13 @@ PLACES: Mapping[str, Mapping[str, list[str]]] = {
 }
 
 
+TASKS = {
+    "SEQ_CLS": (PooledTask.CLASSIFY, None),
+    "TOKEN_CLS": (PooledTask.CLASSIFY_TOKENS, None),
+    "FEATURE_EXTRACTION": (PooledTask.EMBED, Rows.FIRST),
+}
+
+
 def configs(arch: str) -> dict[tuple[str, str], peft.PeftConfig]:
     """(task, name) → the adapters that ride together."""
     places = PLACES[arch.removesuffix("-mean")]
@@ -36,11 +43,22 @@ def configs(arch: str) -> dict[tuple[str, str], peft.PeftConfig]:
     def lora(**options: Any) -> peft.LoraConfig:
         return peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets, **options)
 
+    def p_tuning() -> peft.PromptEncoderConfig:
+        return peft.PromptEncoderConfig(num_virtual_tokens=6, encoder_hidden_size=24)
+
+    def prefix() -> peft.PrefixTuningConfig:
+        return peft.PrefixTuningConfig(num_virtual_tokens=5)
+
     return {
         ("SEQ_CLS", "lora"): lora(),
         ("SEQ_CLS", "dora"): lora(use_dora=True),
         ("SEQ_CLS", "bias"): lora(bias="lora_only"),
         ("SEQ_CLS", "ia3"): peft.IA3Config(target_modules=scaled, feedforward_modules=mlp),
+        ("SEQ_CLS", "prompt"): peft.PromptTuningConfig(num_virtual_tokens=3),
+        ("SEQ_CLS", "p-tuning"): p_tuning(),
+        ("TOKEN_CLS", "p-tuning"): p_tuning(),
+        **({} if mlp else {(task, "prefix"): prefix() for task in TASKS}),
+        ("FEATURE_EXTRACTION", "p-tuning"): p_tuning(),
         ("TOKEN_CLS", "lora"): lora(),
         ("TOKEN_CLS", "ia3"): peft.IA3Config(target_modules=scaled, feedforward_modules=mlp),
         ("FEATURE_EXTRACTION", "lora"): lora(),
@@ -68,15 +86,10 @@ async def test_encoders_equal_peft(arch: str, tmp_path: Path) -> None:
     )
     house = House(settings, made)
     await house.engine.start()
-    kinds = {
-        "SEQ_CLS": (PooledTask.CLASSIFY, None),
-        "TOKEN_CLS": (PooledTask.CLASSIFY_TOKENS, None),
-        "FEATURE_EXTRACTION": (PooledTask.EMBED, Rows.FIRST),
-    }
     try:
         asked = [
             *(
-                (task, f"{task}-{name}", prompt(i, 1 + 11 * i))
+                (task, f"{task}-{name}", prompt(i, 1 + 37 * i % 112))
                 for i, (task, name) in enumerate(wanted)
             ),
             ("FEATURE_EXTRACTION", "", prompt(20, 25)),
@@ -86,7 +99,7 @@ async def test_encoders_equal_peft(arch: str, tmp_path: Path) -> None:
             house.seen.steps.clear()
             answers = await asyncio.gather(
                 *(
-                    house.pool(ids, name, kinds[task][0], rows=kinds[task][1])
+                    house.pool(ids, name, TASKS[task][0], rows=TASKS[task][1])
                     for task, name, ids in asked
                 )
             )

@@ -104,7 +104,8 @@ def peft_answer(
     ids: Sequence[int],
     token_types: Sequence[int] = (),
 ) -> Tensor:
-    """What peft computes: logits [labels] or [len(ids), labels], or hidden rows [len(ids), n]."""
+    """What peft computes: logits [labels] or [len(ids), labels], or hidden rows [len(ids), n];
+    without the rows of virtual tokens."""
     model: Any
     if adapter is None:
         model = task_model(base, task)
@@ -116,7 +117,7 @@ def peft_answer(
     types = {"token_type_ids": torch.tensor([list(token_types)])} if token_types else {}
     output = model(input_ids=torch.tensor([list(ids)]), **types)
     answer: Tensor = output[0][0].float()
-    return answer
+    return answer if answer.dim() == 1 else answer[-len(ids) :]
 
 
 def _labels_of(adapter: Path) -> int:
