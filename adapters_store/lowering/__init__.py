@@ -89,7 +89,10 @@ def peft_type(checkpoint: Checkpoint) -> str:
         raise InvalidArgument("not a PEFT type", field=field, found=ascii(value), wanted=wanted)
     if value not in FAMILIES:
         raise FailedPrecondition(
-            "this PEFT type is not served", field=field, found=ascii(value), wanted=wanted
+            "this PEFT type is not served (`manylora merge` makes a base of what peft can merge)",
+            field=field,
+            found=ascii(value),
+            wanted=wanted,
         )
     return value
 

@@ -62,7 +62,7 @@ def test_version(cli: Cli) -> None:
 
 def test_help_lists_every_command(cli: Cli) -> None:
     text = cli("--help").out
-    for command in ("serve", "train", "adapters", "generate", "demo", "doctor"):
+    for command in ("serve", "train", "adapters", "generate", "check", "merge", "demo", "doctor"):
         assert f" {command} " in text
 
 

@@ -1,0 +1,1 @@
+"""One adapter beside its base, without a server: compared with peft, or merged by it."""

@@ -1,0 +1,136 @@
+"""An adapter merged into its base by peft: a checkpoint of its own, that needs no adapter."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer
+
+from manylora.adapters_store.format import Checkpoint, read_checkpoint
+from manylora.adapters_store.head import Task
+from manylora.adapters_store.lowering.heads import read_task, split_head
+from manylora.errors import FailedPrecondition, InvalidArgument
+from manylora.server.engine.model.checkpoint import DTYPES
+from manylora.server.offline.peft_side import is_tied, load_peft, run_peft
+
+_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 0.1}
+"""Of the largest logit, or of 1: how far what was saved may be from the adapter on its base. What
+goes wrong in a merge does so by far more."""
+_PROBE_TOKENS = 12
+
+
+def merge(base: Path, adapter: Path, out: Path, *, dtype: str = "auto") -> Path:
+    """Writes the base with the adapter in its weights: config, safetensors, tokenizer.
+
+    Merged in float32 and then rounded once. The checkpoint is read back and asked, and only kept
+    if it answers as the adapter on its base does.
+
+    Args:
+        dtype: of the weights written; "auto": the base's.
+        out: a directory that is not there yet, or is empty.
+
+    Raises:
+        InvalidArgument: `out` is taken, or the adapter's files are broken.
+        FailedPrecondition: peft cannot merge it, or what comes of it computes something else.
+        MissingExtra: peft is not installed.
+    """
+    if dtype not in (*DTYPES, "auto"):
+        raise InvalidArgument("no such dtype", field="dtype", found=dtype, wanted=", ".join(DTYPES))
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InvalidArgument("is taken", field="out", found=out, wanted="a new directory")
+    checkpoint = read_checkpoint(adapter)
+    task = read_task(checkpoint.config)
+    model = load_peft(base, checkpoint, torch.float32)
+    ids = _probe(model)
+    wanted = run_peft(model, task, ids)
+    tied = is_tied(model.get_base_model())
+    merged = _label(_merge(model, checkpoint), checkpoint)
+    kept = _own_dtype(base) if dtype == "auto" else DTYPES[dtype]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as directory:
+        made = Path(directory) / "merged"
+        difference = _save(merged, made, task, ids, wanted, kept)
+        allowed = _TOLERANCE[kept] * max(1.0, float(wanted.abs().max()))
+        if tied and not difference <= allowed:  # an edit of one of the two that are one
+            model = load_peft(base, checkpoint, torch.float32, untied=True)
+            merged = _label(_merge(model, checkpoint), checkpoint)
+            difference = _save(merged, made, task, ids, wanted, kept)
+        if not difference <= allowed:
+            raise FailedPrecondition(
+                "merged, it computes something else than beside its base",
+                field="adapter",
+                found=f"logits that differ by {difference:.2g}",
+                wanted=f"at most {allowed:.2g}",
+            )
+        _save_tokenizer(base, made)
+        if out.exists():
+            out.rmdir()
+        shutil.move(made, out)
+    return out
+
+
+def _merge(model: Any, checkpoint: Checkpoint) -> Any:
+    """The base's class of transformers again, with other weights."""
+    kind = checkpoint.config.get("peft_type")
+    if not hasattr(model.base_model, "merge_and_unload"):  # tokens before the prompt
+        raise _refusal(kind, "it does not change the base's weights")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return model.merge_and_unload(safe_merge=True)
+        except Exception as error:  # peft raises what it likes
+            raise _refusal(kind, str(error) or type(error).__name__) from error
+
+
+def _refusal(kind: object, why: str) -> FailedPrecondition:
+    return FailedPrecondition(f"peft cannot merge it: {why}", field="adapter", found=kind)
+
+
+def _label(merged: Any, checkpoint: Checkpoint) -> Any:
+    """With the labels that the adapter's config names, if it does."""
+    _, head = split_head(checkpoint)
+    if head is not None and head.labels:
+        merged.config.id2label = dict(enumerate(head.labels))
+        merged.config.label2id = {label: i for i, label in enumerate(head.labels)}
+    if head is not None and head.problem is not None:
+        merged.config.problem_type = head.problem.value
+    return merged
+
+
+def _probe(model: Any) -> list[int]:
+    vocab = model.config.get_text_config(decoder=True).vocab_size
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, vocab, (_PROBE_TOKENS,), generator=generator).tolist()
+
+
+def _own_dtype(base: Path) -> torch.dtype:
+    config = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
+    return config.dtype or torch.float32
+
+
+def _save(
+    merged: Any, made: Path, task: Task, ids: Sequence[int], wanted: Tensor, dtype: torch.dtype
+) -> float:
+    """Writes the checkpoint, reads it back; the largest difference of its answer to `wanted`."""
+    shutil.rmtree(made, ignore_errors=True)
+    merged.to(dtype).save_pretrained(made)
+    saved = type(merged).from_pretrained(
+        made, dtype=torch.float32, attn_implementation="eager", local_files_only=True
+    )
+    return float((run_peft(saved.eval(), task, ids) - wanted).abs().max())
+
+
+def _save_tokenizer(base: Path, made: Path) -> None:
+    """The base's, if it has one."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
+    except (OSError, ValueError):
+        return
+    tokenizer.save_pretrained(made)
