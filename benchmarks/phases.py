@@ -10,7 +10,7 @@ from pathlib import Path
 from bars import OURS, OVER_GRPC, PEFT, VLLM, VLLM_LORA
 from contender import Contender, ContenderError
 from paths import HERE, Places
-from peers.protocol import Batch, Spec
+from peers.protocol import Batch, Outcome, Spec
 from records import Record, Results, first_token, per_token
 from venvs import PEERS, interpreter
 from workloads import OUTPUT_TOKENS, WORKLOADS, Workload, adapter_folders
@@ -65,11 +65,9 @@ class Bench:
             resident=min(len(ranks), max(w.resident for w in workloads)),
         )
 
-    def start(self, entry: Entry) -> Contender:
+    def start(self, entry: Entry, spec: Spec) -> Contender:
         self.say(f"{entry.contender}: starting")
-        contender = Contender.start(
-            entry.contender, self.command(entry.contender), self.spec(entry)
-        )
+        contender = Contender.start(entry.contender, self.command(entry.contender), spec)
         self.say(f"{entry.contender}: ready in {contender.start_seconds:.1f} s")
         return contender
 
@@ -91,7 +89,7 @@ def run_phase(bench: Bench, entries: Sequence[Entry]) -> list[str]:
     try:
         for number, entry in enumerate(entries):
             try:
-                running[number] = bench.start(entry)
+                running[number] = bench.start(entry, bench.spec(entry))
                 _warm_up(bench, entry, running[number])
             except (ContenderError, subprocess.CalledProcessError) as error:
                 give_up(number, error)
@@ -109,9 +107,18 @@ def run_phase(bench: Bench, entries: Sequence[Entry]) -> list[str]:
 
 def run_once(bench: Bench, contender: Contender, workload: Workload, repeat: int) -> None:
     outcome = contender.run(batch_of(workload, bench.vocab))
-    record = Record(
+    record = record_of(contender, workload.name, repeat, outcome)
+    bench.results.add(record)
+    bench.say(
+        f"{contender.name}: {workload.name} {record.tokens_per_second:.0f} tokens/s"
+        f" in {record.seconds:.1f} s"
+    )
+
+
+def record_of(contender: Contender, workload: str, repeat: int, outcome: Outcome) -> Record:
+    return Record(
         contender.name,
-        workload.name,
+        workload,
         repeat,
         outcome.seconds,
         outcome.tokens,
@@ -119,11 +126,6 @@ def run_once(bench: Bench, contender: Contender, workload: Workload, repeat: int
         per_token(outcome),
         contender.peak_bytes(),
         contender.about.get("server_seconds", contender.start_seconds),
-    )
-    bench.results.add(record)
-    bench.say(
-        f"{contender.name}: {workload.name} {record.tokens_per_second:.0f} tokens/s"
-        f" in {record.seconds:.1f} s"
     )
 
 

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
+from alone import run_alone
 from bars import BARS, as_json, judge
 from paths import Places
 from phases import MIXED, QUICK, RANK_16, ZIPF, Bench, run_phase
@@ -61,7 +62,7 @@ def _everything(bench: Bench) -> list[str]:
     failures = []
     for phase in (RANK_16, MIXED, ZIPF):
         failures += run_phase(bench, phase)
-    return failures
+    return failures + run_alone(bench)
 
 
 def _report(bench: Bench, out: Path, failures: list[str], names: Sequence[str]) -> int:
