@@ -9,6 +9,7 @@ namespace MANYLORA_ISA {
 namespace {
 
 constexpr int kTileRows = kManyRegisters ? 4 : 2;  // of a register tile 4 vectors wide
+constexpr int64_t kAhead = 1024;     // bytes between what is read and what is fetched meanwhile
 constexpr int64_t kMaxSegment = 64;  // MAX_SEGMENT_ROWS of kernels/plan.py
 
 // kernels/table.py: SliceGroup
@@ -52,6 +53,10 @@ struct Tensors {
   int64_t x_stride, in;
   const T* pool;
 };
+
+inline void fetch_ahead(const void* at) {
+  __builtin_prefetch(static_cast<const char*>(at) + kAhead);
+}
 
 template <class T>
 const T* at(const T* pool, int64_t offset) {

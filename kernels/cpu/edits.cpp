@@ -1,9 +1,10 @@
 // y = out_scale * y + scale * B (A x) + bias, each row by its own adapter.
 //
 // The plan cuts the rows into segments: at most 64 rows of one adapter. Each segment and slice is a
-// job: shrink (h = A x), then expand (y += B h). Many jobs are shared out whole among the threads,
-// few are cut in pieces. Several streams at once through A or B, in place of the order of memory,
-// made decoding beyond the cache take twice as long; so did prefetch instructions instead of it.
+// job: shrink (h = A x), then expand (y += B h). Many segments are shared out whole among the
+// threads, the jobs of few are cut in pieces. A and B of a segment's jobs lie one after the other
+// and are read in that order, with prefetches ahead of it. Several streams at once through A or B
+// made decoding beyond the cache take twice as long.
 //
 // A result is one accumulator's sum in a fixed order whatever the tile's shape, so a row's bits
 // depend neither on the rows beside it nor on the number of threads.
@@ -20,8 +21,8 @@ namespace {
 
 // Below this many multiply-adds, waking another thread costs more than it saves.
 constexpr int64_t kSerialCost = 100000;
-// A job is cut into pieces where there are fewer jobs than this for each thread.
-constexpr int64_t kJobsPerWorker = 4;
+// Jobs are cut into pieces where there are fewer segments than this for each thread.
+constexpr int64_t kSegmentsPerWorker = 4;
 // Sizes of a piece. Ranks keep shrink's widest tile, columns are whole blocks.
 constexpr int64_t kPieceRows = 16, kPieceRanks = 8;
 constexpr int64_t kPieceColumns = 256, kPieceColumnsOneRow = 1024;
@@ -33,31 +34,42 @@ E* allocate(int64_t count) {
   return memory;
 }
 
-// Fills in every job that has something to do; returns how many.
+// What segment `s` has to do to module `m` of the group.
 template <class T>
-int64_t collect(const Tensors<T>& t, const Group& group, const Table& table, const Plan& plan,
-                Job<T>* jobs) {
-  int64_t count = 0;
-  for (int64_t s = 0; s < plan.segments; ++s) {
-    for (int64_t m = 0; m < group.count; ++m) {
-      const int64_t entry = plan.slots[s] * table.modules + group.modules[m];
-      const int64_t* offsets = table.offsets[entry];
-      Job<T>& job = jobs[count];
-      job.rows = plan.order + plan.starts[s];
-      job.row_count = plan.starts[s + 1] - plan.starts[s];
-      job.rank = table.rank[entry];
-      job.padded_rank = (job.rank + kDepth<T> - 1) / kDepth<T> * kDepth<T>;
-      job.a = at(t.pool, offsets[kA]);
-      job.b = at(t.pool, offsets[kB]);
-      job.out_scale = vector_at(t.pool, offsets[kOutScale]);
-      job.bias = vector_at(t.pool, offsets[kBias]);
-      job.scale = table.scale[entry];
-      job.start = group.starts[m];
-      job.size = group.sizes[m];
-      count += !job.idle();
-    }
+Job<T> job_of(const Tensors<T>& t, const Group& group, const Table& table, const Plan& plan,
+              int64_t s, int64_t m) {
+  const int64_t entry = plan.slots[s] * table.modules + group.modules[m];
+  const int64_t* offsets = table.offsets[entry];
+  Job<T> job = {};
+  job.rows = plan.order + plan.starts[s];
+  job.row_count = plan.starts[s + 1] - plan.starts[s];
+  job.rank = table.rank[entry];
+  job.padded_rank = (job.rank + kDepth<T> - 1) / kDepth<T> * kDepth<T>;
+  job.a = at(t.pool, offsets[kA]);
+  job.b = at(t.pool, offsets[kB]);
+  job.out_scale = vector_at(t.pool, offsets[kOutScale]);
+  job.bias = vector_at(t.pool, offsets[kBias]);
+  job.scale = table.scale[entry];
+  job.start = group.starts[m];
+  job.size = group.sizes[m];
+  return job;
+}
+
+// The first lines of what a thread will probably read next.
+template <class T>
+void prefetch(const T* from) {
+  if (from == nullptr) return;
+  for (int i = 0; i < 32; ++i) __builtin_prefetch(reinterpret_cast<const char*>(from) + i * 64);
+}
+
+// What job_of will read of the table.
+inline void prefetch(const Group& group, const Table& table, int64_t slot) {
+  for (int64_t m = 0; m < group.count; ++m) {
+    const int64_t entry = slot * table.modules + group.modules[m];
+    __builtin_prefetch(table.rank + entry);
+    __builtin_prefetch(table.scale + entry);
+    __builtin_prefetch(table.offsets + entry);
   }
-  return count;
 }
 
 // Gives every job its part of one buffer, which the caller frees. Jobs' parts share no cache line.
@@ -154,24 +166,53 @@ void run_pieces(const Tensors<T>& t, Job<T>* jobs, int64_t job_count, int64_t wo
   free(pieces);
 }
 
+// Few segments: their jobs are collected and cut into pieces.
 template <class T>
-void run(const Tensors<T>& t, const Group& group, const Table& table, const Plan& plan) {
-  Job<T>* jobs = allocate<Job<T>>(plan.segments * group.count + 1);
-  const int64_t count = collect(t, group, table, plan, jobs);
-  Hidden<T>* hidden = allocate_hidden(jobs, count);
-  int64_t total = 0;
-  for (int64_t i = 0; i < count; ++i) total += cost(t, jobs[i]);
-  const int64_t workers = total < kSerialCost ? 1 : threads();
-  if (workers > 1 && count < kJobsPerWorker * workers) {
-    run_pieces(t, jobs, count, workers);
-  } else {
-    parallel_tasks(count, workers, [&](int64_t i) {
-      shrink(t, jobs[i], 0, jobs[i].row_count, 0, jobs[i].rank);
-      expand(t, jobs[i], 0, jobs[i].size);
-    });
+void run_few(const Tensors<T>& t, const Group& group, const Table& table, const Plan& plan) {
+  Job<T>* jobs = allocate<Job<T>>(plan.segments * group.count);
+  int64_t count = 0, total = 0;
+  for (int64_t s = 0; s < plan.segments; ++s) {
+    for (int64_t m = 0; m < group.count; ++m) {
+      jobs[count] = job_of(t, group, table, plan, s, m);
+      if (jobs[count].idle()) continue;
+      total += cost(t, jobs[count++]);
+    }
   }
+  Hidden<T>* hidden = allocate_hidden(jobs, count);
+  run_pieces(t, jobs, count, total < kSerialCost ? 1 : threads());
   free(hidden);
   free(jobs);
+}
+
+// Many segments: each is one task. Its adapter's tensors for the group's modules lie one after the
+// other, and are read in that order.
+template <class T>
+void run_many(const Tensors<T>& t, const Group& group, const Table& table, const Plan& plan) {
+  const int64_t workers = threads();
+  parallel_tasks(plan.segments, workers, [&](int64_t s) {
+    const bool last = s + workers >= plan.segments;
+    if (!last) prefetch(group, table, plan.slots[s + workers]);
+    for (int64_t m = 0; m < group.count; ++m) {
+      Job<T> job = job_of(t, group, table, plan, s, m);
+      if (job.idle()) continue;
+      Hidden<T>* hidden = allocate_hidden(&job, 1);
+      shrink(t, job, 0, job.row_count, 0, job.rank);
+      if (m + 1 == group.count && !last) {
+        prefetch(job_of(t, group, table, plan, s + workers, 0).a);
+      }
+      expand(t, job, 0, job.size);
+      free(hidden);
+    }
+  });
+}
+
+template <class T>
+void run(const Tensors<T>& t, const Group& group, const Table& table, const Plan& plan) {
+  if (plan.segments < kSegmentsPerWorker * threads()) {
+    run_few(t, group, table, plan);
+  } else {
+    run_many(t, group, table, plan);
+  }
 }
 
 template <class T>

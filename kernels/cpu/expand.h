@@ -39,6 +39,7 @@ void expand_tile(const Tensors<T>& t, const Job<T>& job, int64_t row, int64_t co
     for (int i = 0; i < R; ++i) hs[i] = broadcast<T>(h + i * job.padded_rank + j);
     for (int c = 0; c < C; ++c) {
       const Operand<T> bs = load_operand<T>(b + j * width + c * kStep<T>);
+      if (R == 1) fetch_ahead(b + j * width + c * kStep<T>);
       for (int i = 0; i < R; ++i) acc[i][c] = dot(acc[i][c], bs, hs[i]);
     }
   }

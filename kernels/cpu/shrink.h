@@ -27,6 +27,7 @@ void shrink_tile(const T* const* x, const T* a, int64_t in, Hidden<T>* h, int64_
     for (int i = 0; i < R; ++i) xs[i] = load_operand<T>(x[i] + k);
     for (int j = 0; j < J; ++j) {
       const Operand<T> as = load_operand<T>(a + j * in + k);
+      if (J == 1) fetch_ahead(a + k);
       for (int i = 0; i < R; ++i) acc[i][j] = dot(acc[i][j], xs[i], as);
     }
   }
