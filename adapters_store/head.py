@@ -37,8 +37,8 @@ class HeadLayer:
 @dataclass(slots=True, frozen=True, eq=False)
 class Head:
     """layers: by their names in the tree ("score", "classifier.dense"); none for
-    FEATURE_EXTRACTION. labels: their names, empty where the adapter does not say. problem: None
-    where it does not say."""
+    FEATURE_EXTRACTION, or for the base's own. labels: their names, empty where the adapter does
+    not say. problem: None where it does not say."""
 
     task: Task
     layers: Mapping[str, HeadLayer] = field(default_factory=dict)

@@ -14,6 +14,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 
+import torch
+
 from manylora.adapters_store.files import CONFIG_FILE, WEIGHTS_FILE
 from manylora.adapters_store.format import Checkpoint
 from manylora.adapters_store.head import Head, HeadLayer, Problem, Task
@@ -29,6 +31,8 @@ _HEAD_TENSOR = re.compile(
     r"(?P<module>classifier|score)(?:\.modules_to_save(?:\.[^.]+)?)?"
     r"(?P<inner>(?:\.[^.]+)*?)\.(?P<parameter>weight|bias)"
 )
+_ORIGINAL = re.compile(r"(?:classifier|score)\.original_module\..+")
+"""The base's own, which peft writes with `bias="all"` and never uses."""
 _POOLER = f"{PREFIX}pooler."
 _UNWRAPPED = "base_model."  # where peft puts nothing around the base's modules: prompt learning
 
@@ -53,8 +57,9 @@ def split_head(checkpoint: Checkpoint) -> tuple[Checkpoint, Head | None]:
     """The adapter as for a base without a head, and its head; None for a causal language model's.
 
     A FEATURE_EXTRACTION adapter's tensors for the base's pooler are left out: no hidden state
-    depends on them. Raises InvalidArgument where the head is missing or its labels are broken,
-    FailedPrecondition for a task that is not served.
+    depends on them. A classifier's head has no layers where the file brings none: peft keeps the
+    base's then. Raises InvalidArgument where the head or its labels are broken, FailedPrecondition
+    for a task that is not served.
     """
     task = read_task(checkpoint.config)
     if task is Task.CAUSAL_LM:
@@ -65,13 +70,17 @@ def split_head(checkpoint: Checkpoint) -> tuple[Checkpoint, Head | None]:
         return replace(checkpoint, config=config, tensors=tensors), Head(task)
     names = _layer_tensors(checkpoint)
     layers = _load_layers(checkpoint, names)
-    taken = {tensor for parts in names.values() for tensor in parts.values()}
+    taken = {tensor for parts in names.values() for same in parts.values() for tensor in same}
     rest = replace(
         checkpoint,
         config=_without_head(checkpoint.config),
-        tensors={name: i for name, i in checkpoint.tensors.items() if name not in taken},
+        tensors={
+            name: info
+            for name, info in checkpoint.tensors.items()
+            if name not in taken and not _ORIGINAL.fullmatch(_bare(name))
+        },
     )
-    out_size = list(layers.values())[-1].weight.shape[0]
+    out_size = list(layers.values())[-1].weight.shape[0] if layers else 0
     reader = ConfigReader(checkpoint.config)
     return rest, Head(task, layers, _labels(reader, out_size), _problem(reader))
 
@@ -87,38 +96,39 @@ def _without_head(config: Mapping[str, object]) -> Mapping[str, object]:
     return rest
 
 
-def _layer_tensors(checkpoint: Checkpoint) -> Mapping[str, Mapping[str, str]]:
-    """The head's tensors: layer → "weight" or "bias" → the tensor's name, in the file's order."""
-    found: dict[str, dict[str, str]] = {}
+def _bare(tensor: str) -> str:
+    return tensor.removeprefix(PREFIX).removeprefix(_UNWRAPPED)
+
+
+def _layer_tensors(checkpoint: Checkpoint) -> Mapping[str, Mapping[str, list[str]]]:
+    """The head's tensors: layer → "weight" or "bias" → the tensors' names, in the file's order;
+    with `bias="all"` peft writes a bias twice."""
+    found: dict[str, dict[str, list[str]]] = {}
     for tensor in checkpoint.tensors:
-        match = _HEAD_TENSOR.fullmatch(tensor.removeprefix(PREFIX).removeprefix(_UNWRAPPED))
-        if match is None:
+        match = _HEAD_TENSOR.fullmatch(_bare(tensor))
+        if match is None or _ORIGINAL.fullmatch(_bare(tensor)):
             continue
         parts = found.setdefault(match["module"] + match["inner"], {})
-        if match["parameter"] in parts:
-            raise InvalidArgument(
-                "two tensors of one meaning",
-                field=f"{WEIGHTS_FILE}: {tensor}",
-                found=parts[match["parameter"]],
-            )
-        parts[match["parameter"]] = tensor
-    if not found:
-        raise InvalidArgument(
-            "an adapter for this task brings a head",
-            field=WEIGHTS_FILE,
-            found="no tensor of one",
-            wanted=" or ".join(f"{PREFIX}{name}.weight" for name in HEAD_MODULES),
-        )
+        parts.setdefault(match["parameter"], []).append(tensor)
     return found
 
 
 def _load_layers(
-    checkpoint: Checkpoint, names: Mapping[str, Mapping[str, str]]
+    checkpoint: Checkpoint, names: Mapping[str, Mapping[str, list[str]]]
 ) -> Mapping[str, HeadLayer]:
-    loaded = checkpoint.load([tensor for parts in names.values() for tensor in parts.values()])
+    all_parts = [same for parts in names.values() for same in parts.values()]
+    loaded = checkpoint.load([tensor for same in all_parts for tensor in same])
+    for first, *others in all_parts:
+        for tensor in others:
+            if not torch.equal(loaded[tensor], loaded[first]):
+                raise InvalidArgument(
+                    "two tensors of one meaning that differ",
+                    field=f"{WEIGHTS_FILE}: {tensor}",
+                    found=first,
+                )
     layers: dict[str, HeadLayer] = {}
     for name in sorted(names):  # "dense" comes before "out_proj", as in the forward pass
-        parts = names[name]
+        parts = {parameter: same[0] for parameter, same in names[name].items()}
         weight, bias = parts.get("weight"), parts.get("bias")
         field = f"{WEIGHTS_FILE}: {next(iter(parts.values()))}"
         if weight is None or loaded[weight].dim() != 2 or 0 in loaded[weight].shape:

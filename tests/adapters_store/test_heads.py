@@ -134,11 +134,27 @@ def test_broken_heads_are_refused(case: str, saved: Path, tmp_path: Path) -> Non
     assert name in caught.value.field
 
 
-def test_no_head_at_all(saved: Path, tmp_path: Path) -> None:
+def test_no_head_means_the_bases_own(saved: Path, tmp_path: Path) -> None:
     parts = ("dense.weight", "dense.bias", "out_proj.weight", "out_proj.bias")
     gone = dict.fromkeys(f"base_model.model.classifier.{part}" for part in parts)
-    with pytest.raises(InvalidArgument, match="brings a head"):
-        split_head(changed(saved, tmp_path, tensors=dict(gone)))
+    _, head = split_head(changed(saved, tmp_path, tensors=dict(gone)))
+    assert head is not None and not head.layers
+
+
+def test_a_bias_that_peft_writes_twice(saved: Path, tmp_path: Path) -> None:
+    """As with `bias="all"`, beside the base's own, which it never uses."""
+    prefix, bias = "base_model.model.classifier", "dense.bias"
+    again, own = head_of(read_checkpoint(saved)).layers["classifier.dense"].bias, torch.ones(16)
+    assert again is not None
+    twice = {f"{prefix}.modules_to_save.default.{bias}": again}
+    originals = {f"{prefix}.original_module.{bias}": own}
+    rest, head = split_head(changed(saved, tmp_path, tensors={**twice, **originals}))
+    assert not [name for name in rest.tensors if "classifier" in name]
+    assert head is not None
+    found = head.layers["classifier.dense"].bias
+    assert found is not None and torch.equal(found, again)
+    with pytest.raises(InvalidArgument, match="differ"):
+        split_head(changed(saved, tmp_path, tensors=dict.fromkeys(twice, own)))
 
 
 @pytest.mark.parametrize("task", ["QUESTION_ANS", "SEQ_2_SEQ_LM", "NOT_A_TASK", 3])

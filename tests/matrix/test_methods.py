@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
-from manylora_testing.matrix import TOLERANCE, errors, gaps, make_column, run_column
-from manylora_testing.methods import PLACES, methods_of
+from manylora_testing.encoder_column import (
+    ENCODER,
+    encoder_gaps,
+    make_encoder_column,
+    run_encoder_column,
+)
+from manylora_testing.matrix import DECODERS, TOLERANCE, errors, gaps, make_column, run_column
+from manylora_testing.methods import methods_of
 
 from manylora.kernels import cpu
 
 CASES = [
-    *(("cpu", arch, True) for arch in PLACES),
+    *(("cpu", arch, True) for arch in DECODERS),
     ("reference", "gpt2", True),
     ("reference", "llama", False),
 ]
@@ -24,7 +31,19 @@ def test_methods_equal_peft(backend: str, arch: str, fused: bool, tmp_path: Path
     if backend == "cpu" and not cpu.available():
         pytest.skip(cpu.why_unavailable())
     column = make_column(arch, tmp_path)
-    found = gaps(column, run_column(column, backend=backend, fused=fused))
+    check(arch, gaps(column, run_column(column, backend=backend, fused=fused)))
+
+
+@pytest.mark.filterwarnings("ignore")
+async def test_classifiers_of_an_encoder_equal_peft(tmp_path: Path) -> None:
+    column = make_encoder_column(tmp_path)
+    asked, together = await run_encoder_column(column)
+    assert together == len(asked)
+    check(ENCODER, encoder_gaps(column, asked))
+
+
+def check(arch: str, found: Mapping[str, tuple[float, float]]) -> None:
+    """found: of `gaps`."""
     assert set(found) == {"base", *methods_of(arch)}
     wrong = {method: gap for method, (gap, _) in found.items() if not gap < TOLERANCE}
     assert not wrong

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from manylora.adapters_store.edits import LoweredAdapter, ModuleShape
-from manylora.adapters_store.files import CONFIG_FILE
+from manylora.adapters_store.files import CONFIG_FILE, WEIGHTS_FILE
 from manylora.adapters_store.format import Checkpoint
 from manylora.adapters_store.head import Head, Problem, Task
 from manylora.adapters_store.lowering import lower, read_task
@@ -102,9 +102,7 @@ def make_views(
 
 
 def lower_for(
-    checkpoint: Checkpoint,
-    views: Mapping[Task, TaskView],
-    parameter: Callable[[str], Tensor | None],
+    checkpoint: Checkpoint, base: TaskBase, parameter: Callable[[str], Tensor | None]
 ) -> LoweredAdapter:
     """The adapter's edits by the names of our tree, and its head, all fitting the base.
 
@@ -112,6 +110,7 @@ def lower_for(
     what `lower` raises.
     """
     task = read_task(checkpoint.config)
+    views = base.views
     view = views.get(task)
     if view is None:
         raise FailedPrecondition(
@@ -122,6 +121,21 @@ def lower_for(
         )
     prefix = view.prefix
     lowered = lower(checkpoint, view.modules, lambda name: parameter(f"{prefix}{name}"))
-    if lowered.head is not None and view.form is not None:
-        view.form.check(lowered.head)
-    return replace(lowered, edits={f"{prefix}{n}": edit for n, edit in lowered.edits.items()})
+    head = lowered.head
+    if head is not None and view.form is not None:
+        head = head if head.layers else _own_head(head, base.head)
+        view.form.check(head)
+    edits = {f"{prefix}{name}": edit for name, edit in lowered.edits.items()}
+    return replace(lowered, edits=edits, head=head)
+
+
+def _own_head(head: Head, own: Head | None) -> Head:
+    """The base's, for an adapter that brings none."""
+    if own is None or own.task is not head.task:
+        raise FailedPrecondition(
+            "neither the adapter nor the base has a head for this task",
+            field=WEIGHTS_FILE,
+            found="no tensor of one",
+            wanted="base_model.model.classifier or base_model.model.score",
+        )
+    return replace(head, layers=own.layers)

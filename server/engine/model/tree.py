@@ -65,7 +65,7 @@ class AdaptedTree:
 
         Raises InvalidArgument or FailedPrecondition if it is broken, not served or does not fit.
         """
-        return lower_for(checkpoint, self.tasks.views, self.parameter)
+        return lower_for(checkpoint, self.tasks, self.parameter)
 
     def bind(self, pool: Tensor, table: EditTable) -> None:
         """Says where the adapters' tensors lie. pool: [elements] in the model's dtype; table: a

@@ -271,6 +271,14 @@ def test_refused(world: World, method: str, request_: Any, field: str, code: str
     assert refused_field(lambda: call(request_), code) == field
 
 
+def test_an_adapter_without_a_head_on_a_base_without_one(world: World, tmp_path: Path) -> None:
+    """peft saves none with this method, and makes up one when it loads."""
+    config = peft.TrainableTokensConfig(token_indices=[4, 5])
+    adapter = make_task_adapter(world.base, tmp_path / "tokens", "SEQ_CLS", config)
+    refused = lambda: world.stubs.publish("tenants/t", "headless", adapter)  # noqa: E731
+    assert refused_field(refused, UNFIT) == "adapter_model.safetensors"
+
+
 def test_model_info(world: World) -> None:
     info = world.stubs.inference.GetModelInfo(pb.GetModelInfoRequest())
     assert (info.generates, info.token_types) == (False, 2)

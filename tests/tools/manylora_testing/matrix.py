@@ -6,6 +6,7 @@ only where all hold.
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -18,10 +19,17 @@ import transformers
 
 from manylora import kernels
 from manylora.server.engine.model import load_model
+from manylora_testing.encoder_column import (
+    ENCODER,
+    encoder_gaps,
+    make_encoder_column,
+    run_encoder_column,
+)
 from manylora_testing.flat import FlatRunner, Stream
 from manylora_testing.methods import METHODS, PLACES, make_method, methods_of, peft_rows
 from manylora_testing.models import VOCAB, tiny_model
 
+DECODERS = tuple(arch for arch in PLACES if arch != ENCODER)
 TOLERANCE = 1e-4  # of float32 logits of order one
 CPU = torch.device("cpu")
 
@@ -95,13 +103,16 @@ def errors(column: Column, streams: Sequence[Stream]) -> Mapping[str, tuple[floa
 def main() -> int:
     columns = {}
     with tempfile.TemporaryDirectory() as directory:
-        for arch in PLACES:
+        for arch in DECODERS:
             column = make_column(arch, Path(directory) / arch)
             columns[arch] = gaps(column, run_column(column))
+        encoder = make_encoder_column(Path(directory) / ENCODER)
+        asked, _ = asyncio.run(run_encoder_column(encoder))
+        columns[ENCODER] = encoder_gaps(encoder, asked)
     print(f"{'method':16}" + "".join(f"{arch:>12}" for arch in columns))
     for method in ("base", *METHODS):
         cells = [
-            f"{column[method][0]:.1e}" if method in column else "not in peft"
+            f"{column[method][0]:.1e}" if method in column else "-"
             for column in columns.values()
         ]
         print(f"{method:16}" + "".join(f"{cell:>12}" for cell in cells))

@@ -18,7 +18,7 @@ from torch import nn
 @dataclass(frozen=True)
 class Places:
     """Modules of one architecture: some of attention, some of the MLP, its last; the embedding,
-    some norms, and the norm before the head."""
+    some norms, and the norm before the head; the head, where it continues text."""
 
     attention: tuple[str, ...]
     mlp: tuple[str, ...]
@@ -26,6 +26,7 @@ class Places:
     embedding: str
     norms: tuple[str, ...]
     last_norm: str
+    head: str = "lm_head"
 
     @property
     def all(self) -> list[str]:
@@ -55,33 +56,48 @@ PLACES = {
     "gpt2": Places(
         ("c_attn",), ("c_fc", "mlp.c_proj"), "mlp.c_proj", "wte", ("ln_1", "ln_2"), "ln_f"
     ),
+    "roberta": Places(
+        ("query", "value"),
+        ("intermediate.dense", "output.dense"),
+        "output.dense",
+        "word_embeddings",
+        ("attention.output.LayerNorm", "embeddings.LayerNorm"),
+        "layer.1.output.LayerNorm",
+        head="",
+    ),
 }
 
 
 def _kept_ranks(places: Places) -> dict[str, list[bool]]:
     """AdaLoRA's `rank_pattern`, as its allocator leaves it."""
-    module = {"q_proj": "layers.0.self_attn.q_proj", "c_attn": "h.0.attn.c_attn"}
+    module = {
+        "q_proj": "model.layers.0.self_attn.q_proj",
+        "c_attn": "transformer.h.0.attn.c_attn",
+        "query": "roberta.encoder.layer.0.attention.self.query",
+    }
     name = module[places.attention[0]]
-    prefix = "transformer" if name.startswith("h.") else "model"
     if places.last == "fc2":
-        prefix = "model.decoder"
-    kept = {f"{prefix}.{name}.lora_E": [True, False, True, True]}
-    return {**kept, f"{prefix}.{name.replace('.0.', '.1.', 1)}.lora_E": [False] * 4}
+        name = name.replace("model.", "model.decoder.")
+    kept = {f"{name}.lora_E": [True, False, True, True]}
+    return {**kept, f"{name.replace('.0.', '.1.', 1)}.lora_E": [False] * 4}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """kind: of peft's config; options: its arguments, some by the architecture's places."""
+    """kind: of peft's config; options: its arguments, some by the architecture's places. conv1d:
+    whether peft has it for GPT-2's; text: whether only for what continues text."""
 
     kind: Any
     options: Mapping[str, Any] = field(default_factory=dict)
     placed: Callable[[Places], Mapping[str, Any]] = lambda places: {"target_modules": places.all}
     conv1d: bool = True
+    text: bool = False
     after: Callable[[Any, Places], None] = lambda config, places: None  # noqa: ARG005
 
     def config(self, arch: str) -> peft.PeftConfig:
         options = {**self.options, **self.placed(PLACES[arch])}
-        return self.kind(task_type="CAUSAL_LM", **options)
+        task = "CAUSAL_LM" if PLACES[arch].head else "SEQ_CLS"
+        return self.kind(task_type=task, **options)
 
 
 def _keep_ranks(config: Any, places: Places) -> None:
@@ -184,8 +200,9 @@ METHODS: dict[str, Recipe] = {
         _LORA,
         lambda places: {
             "target_modules": list(places.mlp),
-            "trainable_token_indices": {places.embedding: _TOKENS, "lm_head": [61, 3]},
+            "trainable_token_indices": {places.embedding: _TOKENS, places.head: [61, 3]},
         },
+        text=True,
     ),
     "lora-embedding": Recipe(
         peft.LoraConfig, _LORA, lambda places: {"target_modules": [places.embedding, places.last]}
@@ -198,18 +215,23 @@ METHODS: dict[str, Recipe] = {
     "lora-embedding-head": Recipe(
         peft.LoraConfig,
         _LORA,
-        lambda places: {"target_modules": [places.embedding, "lm_head", places.last]},
+        lambda places: {"target_modules": [places.embedding, places.head, places.last]},
+        text=True,
     ),
     "lora-embedding-saved": Recipe(
         peft.LoraConfig, _LORA, _lora_and(lambda places: [places.embedding])
     ),
-    "lora-head-saved": Recipe(peft.LoraConfig, _LORA, _lora_and(lambda places: ["lm_head"])),  # noqa: ARG005
+    "lora-head-saved": Recipe(
+        peft.LoraConfig, _LORA, _lora_and(lambda places: [places.head]), text=True
+    ),
     "ia3-all-saved": Recipe(
         peft.IA3Config,
         placed=lambda places: {
             "target_modules": [places.last],
             "feedforward_modules": [],
-            "modules_to_save": [places.embedding, "lm_head", places.mlp[0], places.attention[0]],
+            "modules_to_save": [
+                *filter(None, (places.embedding, places.head, places.mlp[0], places.attention[0]))
+            ],
         },
     ),
     "lora-norms-saved": Recipe(
@@ -232,7 +254,7 @@ METHODS: dict[str, Recipe] = {
         },
         _nowhere,
     ),
-    "cpt": Recipe(peft.CPTConfig, {"cpt_token_ids": [5, 9, 11, 40]}, _nowhere),
+    "cpt": Recipe(peft.CPTConfig, {"cpt_token_ids": [5, 9, 11, 40]}, _nowhere, text=True),
     "prefix": Recipe(peft.PrefixTuningConfig, {"num_virtual_tokens": 19}, _nowhere),
     "prefix-mlp": Recipe(
         peft.PrefixTuningConfig,
@@ -246,7 +268,11 @@ METHODS: dict[str, Recipe] = {
 
 def methods_of(arch: str) -> list[str]:
     """Those that peft has for the architecture."""
-    return [name for name, recipe in METHODS.items() if recipe.conv1d or arch != "gpt2"]
+    return [
+        name
+        for name, recipe in METHODS.items()
+        if (recipe.conv1d or arch != "gpt2") and (PLACES[arch].head or not recipe.text)
+    ]
 
 
 def make_method(method: str, arch: str, base: nn.Module, directory: Path) -> Path:
@@ -266,19 +292,27 @@ def make_method(method: str, arch: str, base: nn.Module, directory: Path) -> Pat
 @torch.no_grad()
 def peft_rows(base: nn.Module, directory: Path | None, ids: list[int]) -> torch.Tensor:
     """What peft computes: float32 [len(ids), vocab]; directory None is the base."""
+    model = loaded(base, directory)
+    answer = model(torch.tensor([ids]), use_cache=False, **multitask_ids(model))
+    logits: torch.Tensor = answer.logits[0]
+    return logits[-len(ids) :]  # behind virtual tokens
+
+
+def loaded(base: nn.Module, directory: Path | None) -> Any:
+    """A copy of the base, with peft's adapter on it."""
     model: Any = copy.deepcopy(base)
     if directory is not None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = peft.PeftModel.from_pretrained(model, directory)
-    task = {"task_ids": torch.tensor([0])} if _is_multitask(model) else {}
-    logits: torch.Tensor = model.eval()(torch.tensor([ids]), use_cache=False, **task).logits[0]
-    return logits[-len(ids) :]  # behind virtual tokens
+    return model.eval()
 
 
-def _is_multitask(model: Any) -> bool:
+def multitask_ids(model: Any) -> Mapping[str, torch.Tensor]:
+    """What peft's multitask prompt tuning must be told besides the tokens."""
     configs = getattr(model, "peft_config", {})
-    return any(isinstance(c, peft.MultitaskPromptTuningConfig) for c in configs.values())
+    multitask = any(isinstance(c, peft.MultitaskPromptTuningConfig) for c in configs.values())
+    return {"task_ids": torch.tensor([0])} if multitask else {}
 
 
 @torch.no_grad()

@@ -166,9 +166,11 @@ def test_attention_by_another_formula(
     assert "another formula" in refusal(base, dtype)
 
 
-def test_encoder_decoder(tmp_path: Path) -> None:
-    hf.T5Config(vocab_size=96, d_model=48).save_pretrained(tmp_path)
-    assert "t5: an encoder-decoder model" in refusal(tmp_path)
+@pytest.mark.parametrize("kind", [hf.T5Config, hf.BartConfig, hf.MarianConfig, hf.WhisperConfig])
+def test_encoder_decoder(kind: Any, tmp_path: Path) -> None:
+    """Also those that transformers has a causal language model or a classifier of."""
+    kind(vocab_size=96, d_model=48).save_pretrained(tmp_path)
+    assert f"{kind.model_type}: an encoder-decoder model" in refusal(tmp_path)
 
 
 def test_not_a_language_model(tmp_path: Path) -> None:
