@@ -81,9 +81,11 @@ class LoweredAdapter:
     [tokens, embedding width], in the place of embedded tokens. prefix: [tokens, layers, 2,
     kv_heads * head_dim], keys and values as attention sees them.
     head: of an adapter that does not continue text; its own checks against the base come later.
+    invocation: token ids from whose last occurrence in a prompt on the edits apply; none: always.
     """
 
     edits: Mapping[str, ModuleEdit]
     virtual_tokens: torch.Tensor | None = None
     prefix: torch.Tensor | None = None
     head: Head | None = None
+    invocation: tuple[int, ...] = ()

@@ -12,6 +12,7 @@ from manylora.adapters_store.format import Checkpoint
 from manylora.adapters_store.limits import Limits
 from manylora.adapters_store.lowering import (
     adalora,
+    alora,
     beft,
     deft,
     delora,
@@ -64,7 +65,7 @@ FAMILIES: Mapping[str, Family] = {
     "LN_TUNING": ln_tuning.FAMILY,
     "LOHA": loha.FAMILY,
     "LOKR": lokr.FAMILY,
-    "LORA": trained_tokens.BesideLora(lora.FAMILY),
+    "LORA": alora.WithInvocation(trained_tokens.BesideLora(lora.FAMILY)),
     "MISS": miss.FAMILY,
     "MULTITASK_PROMPT_TUNING": prompts.MULTITASK_PROMPT_TUNING,
     "PREFIX_TUNING": prompts.PREFIX_TUNING,

@@ -61,6 +61,8 @@ def _check(part: Part) -> None:
     lowered = part.lowered
     if lowered.virtual_tokens is not None or lowered.prefix is not None:
         raise _refusal(part, "tokens before the prompt")
+    if lowered.invocation:
+        raise _refusal(part, "invocation tokens")
     for module, edit in lowered.edits.items():
         for word, found in _NO_SUM.items():
             if getattr(edit, word) is not None:

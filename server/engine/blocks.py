@@ -2,8 +2,10 @@
 
 A block that is full never changes again, so sequences may share it. The prefix cache finds a
 full block by (its parent block, its tokens); the parent of a sequence's first block is the
-adapter's digest, so no adapter ever reads another's cache. Keys are compared whole, not by
-hash: a collision would show one customer's cache to another.
+adapter's digest, so no adapter ever reads another's cache. Where an adapter acts from some token
+on only, the blocks before are the base's, and shared with it; the first block that it acts in has
+the digest and that token's position in its key. Keys are compared whole, not by hash: a collision
+would show one customer's cache to another.
 """
 
 from __future__ import annotations
@@ -13,8 +15,9 @@ from collections import OrderedDict
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
-# The adapter's digest ("" for the base) above a first block, else the parent block's node.
-Parent = str | int
+# The adapter's digest ("" for the base) above a first block, else the parent block's node; with
+# digest and position where an adapter begins to act in the block.
+Parent = str | int | tuple[str | int, str, int]
 Key = tuple[Parent, tuple[int, ...]]
 
 
@@ -22,8 +25,10 @@ Key = tuple[Parent, tuple[int, ...]]
 class BlockList:
     """One sequence's blocks, in order, and how far the prefix cache knows them."""
 
-    parent: Parent
+    parent: str | int
     blocks: list[int] = field(default_factory=list)
+    digest: str = ""
+    base: int = 0  # leading tokens whose keys and values are the base's, not the adapter's
     registered: int = 0  # leading blocks that the prefix cache knows
     shared: int = sys.maxsize  # leading tokens whose full blocks may be shared
 
@@ -57,17 +62,19 @@ class BlockManager:
     def blocks_for(self, positions: int) -> int:
         return -(-positions // self.block_size)
 
-    def start(self, digest: str, tokens: Seq[int], own: int = 0) -> tuple[BlockList, int]:
+    def start(
+        self, digest: str, tokens: Seq[int], own: int = 0, base: int = 0
+    ) -> tuple[BlockList, int]:
         """A new sequence's blocks: the longest cached prefix of `tokens`, short of the last
         token (its logits are wanted). Returns the list and the number of tokens it covers.
 
-        own: how many leading tokens are the adapter's own.
+        own: how many leading tokens are the adapter's own. base: on how many it does not act.
         """
-        blocks = BlockList(digest, shared=sys.maxsize if self._prefix_cache else own)
+        blocks = BlockList("" if base else digest, digest=digest, base=base)
+        blocks.shared = sys.maxsize if self._prefix_cache else own
         last = min(len(tokens) - 1, blocks.shared)
         for end in range(self.block_size, last + 1, self.block_size):
-            key = (blocks.parent, tuple(tokens[end - self.block_size : end]))
-            block = self._block_of.get(key)
+            block = self._block_of.get(self._key(blocks, tokens, end))
             if block is None:
                 break
             self._take(block)
@@ -90,7 +97,7 @@ class BlockManager:
         the cache."""
         size = self.block_size
         for i in range(blocks.registered, min(computed, blocks.shared) // size):
-            key = (blocks.parent, tuple(tokens[i * size : (i + 1) * size]))
+            key = self._key(blocks, tokens, (i + 1) * size)
             twin = self._block_of.get(key)
             if twin is None:
                 block = blocks.blocks[i]
@@ -114,6 +121,14 @@ class BlockManager:
             else:
                 self._unused.append(block)
         blocks.blocks.clear()
+
+    def _key(self, blocks: BlockList, tokens: Seq[int], end: int) -> Key:
+        """Of the block that ends before token `end`, whose parent is the list's."""
+        start = end - self.block_size
+        parent: Parent = blocks.parent
+        if blocks.base and start <= blocks.base < end:
+            parent = (blocks.parent, blocks.digest, blocks.base)
+        return parent, tuple(tokens[start:end])
 
     def _take(self, block: int) -> None:
         if self._references[block] == 0:

@@ -82,7 +82,7 @@ class PackedAdapter:
 
     buffer: [numel] in the pool's dtype; rank int32 [modules]; scale float32 [modules];
     offsets int64 [modules, 5] (A, B, in_scale, out_scale, bias) in elements from the buffer's
-    start, -1 where absent. overrides: by module id.
+    start, -1 where absent. overrides: by module id. invocation: see `LoweredAdapter`.
     """
 
     buffer: torch.Tensor
@@ -92,6 +92,7 @@ class PackedAdapter:
     prefix: PackedPrefix | None = None
     overrides: Mapping[int, PackedOverride] = field(default_factory=dict)
     head: PackedHead | None = None
+    invocation: tuple[int, ...] = ()
 
     @property
     def bytes(self) -> int:
@@ -124,7 +125,8 @@ def pack(
                 offsets[module, column] = buffer.add(elements)
     prefix = _put_prefix(lowered, buffer, dtype)
     head = _put_head(lowered.head, buffer, dtype)
-    return PackedAdapter(buffer.build(), rank, scale, offsets, prefix, overrides, head)
+    invocation = lowered.invocation
+    return PackedAdapter(buffer.build(), rank, scale, offsets, prefix, overrides, head, invocation)
 
 
 def _put_head(head: Head | None, buffer: BufferBuilder, dtype: torch.dtype) -> PackedHead | None:

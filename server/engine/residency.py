@@ -133,6 +133,14 @@ class ResidencyManager:
         packed = entry.packed.prefix
         return None if packed is None else Prefix(packed, entry.arena)
 
+    def invocation(self, key: AdapterKey | None) -> tuple[int, ...]:
+        """The tokens from which on a resident adapter acts; none: it always does."""
+        if key is None:
+            return ()
+        packed = self._entries[key.digest].packed
+        assert packed is not None
+        return packed.invocation
+
     def head(self, key: AdapterKey) -> Head | None:
         """A resident adapter's head, as it lies in the pool now."""
         entry = self._entries[key.digest]

@@ -26,25 +26,36 @@ def run_step(
 def step_inputs(chunks: Seq[Chunk], block_size: int, device: torch.device) -> StepInputs:
     counts = np.array([c.count for c in chunks], np.int32)
     context = np.array([c.start + c.count for c in chunks], np.int32)
-    slots = np.array([c.sequence.slot for c in chunks], np.int32)
     samples = np.array([c.samples for c in chunks], bool)
     tokens = np.fromiter(
         (t for c in chunks for t in c.sequence.tokens[c.start : c.start + c.count]),
         np.int64,
         count=int(counts.sum()),
     )
+    positions = row_positions(counts, context)
+    slots = _row_slots(chunks, counts, positions)
+    sampled = (np.cumsum(counts, dtype=np.int64) - 1)[samples]
     virtual = virtual_rows(_prefixes(chunks), device)
     if virtual is not None:
         tokens = np.maximum(tokens, 0)
     return StepInputs(
         token_ids=torch.from_numpy(tokens).to(device),
-        positions=torch.from_numpy(row_positions(counts, context)).to(device),
-        plan=make_plan(np.repeat(slots, counts), device),
-        head_plan=make_plan(slots[samples], device),
+        positions=torch.from_numpy(positions).to(device),
+        plan=make_plan(slots, device),
+        head_plan=make_plan(slots[sampled], device),
         attention=make_batch(counts, context, _block_table(chunks), block_size, device),
-        sample_rows=torch.from_numpy((np.cumsum(counts, dtype=np.int64) - 1)[samples]).to(device),
+        sample_rows=torch.from_numpy(sampled).to(device),
         virtual=virtual,
     )
+
+
+def _row_slots(chunks: Seq[Chunk], counts: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """int32 [rows]: each row's slot, -1 for the base's and for those before an invocation."""
+    slots = np.repeat(np.array([c.sequence.slot for c in chunks], np.int32), counts)
+    first = np.array([c.sequence.acts_from for c in chunks], np.int64)
+    if first.any():
+        slots[positions < np.repeat(first, counts)] = -1
+    return slots
 
 
 def _prefixes(chunks: Seq[Chunk]) -> Iterator[tuple[int, range, Prefix]]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from manylora.errors import InvalidArgument, ManyloraError
 from manylora.server.engine.blocks import BlockManager
+from manylora.server.engine.invocation import acts_from
 from manylora.server.engine.prefix import Prefix
 from manylora.server.engine.residency import ResidencyManager
 from manylora.server.engine.sequence import Gathered, Sequence
@@ -180,8 +181,12 @@ class Scheduler:
     def _start(self, sequence: Sequence) -> bool:
         """Gives a waiting sequence its blocks and its slot if there is room for all its tokens
         and one more block for every running sequence."""
+        invocation = self._residency.invocation(sequence.request.adapter)
+        sequence.acts_from = acts_from(invocation, sequence.request.prompt)
         askable = sequence.tokens[: sequence.askable]
-        blocks, cached = self._blocks.start(sequence.digest, askable, sequence.prefix_tokens)
+        blocks, cached = self._blocks.start(
+            sequence.digest, askable, sequence.prefix_tokens, sequence.acts_from
+        )
         need = self._blocks.blocks_for(len(sequence.tokens) + 1) - len(blocks.blocks)
         reserve = min(len(self.running), self._blocks.free // 2) if self.running else 0
         if need + reserve > self._blocks.free:

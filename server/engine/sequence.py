@@ -36,6 +36,7 @@ class Sequence:
     slot: int = -1  # edit-table row; -1: the base
     prefix: Prefix | None = None  # while it has a slot
     prefix_tokens: int = 0  # leading tokens that are the adapter's own; none for keys on encoders
+    acts_from: int = 0  # leading tokens on which the adapter does not act
     computed: int = 0  # leading tokens whose KV is in the cache
     cached_tokens: int = 0
     overtaken: int = 0  # younger requests admitted before this one

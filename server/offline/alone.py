@@ -13,6 +13,7 @@ from manylora.adapters_store.head import Head, Task
 from manylora.kernels import EditTable, make_plan
 from manylora.server.engine.blocks import BlockList
 from manylora.server.engine.encoder_runner import run_encoder_step
+from manylora.server.engine.invocation import acts_from
 from manylora.server.engine.model import AdaptedModel, EncoderModel
 from manylora.server.engine.packing import PackedAdapter
 from manylora.server.engine.pool import Arena
@@ -72,6 +73,7 @@ def _sequence(packed: PackedAdapter, task: Task, ids: Seq[int]) -> Sequence:
     )
     sequence = Sequence.start(request, frozenset())
     sequence.slot = 0
+    sequence.acts_from = acts_from(packed.invocation, ids)
     if packed.prefix is not None:
         sequence.prepend(Prefix(packed.prefix, Arena(0, packed.buffer.numel())))
     return sequence
@@ -96,7 +98,8 @@ def _forward(model: AdaptedModel, chunk: Chunk) -> Tensor:
     inputs = step_inputs([chunk], BLOCK, model.device)
     own = max(0, chunk.sequence.prefix_tokens - chunk.start)
     rows = torch.arange(own, chunk.count)
-    plan = make_plan(torch.zeros(len(rows), dtype=torch.int32).numpy(), model.device)
+    slots = torch.where(rows < chunk.sequence.acts_from, -1, 0).to(torch.int32)
+    plan = make_plan(slots.numpy(), model.device)
     inputs = replace(inputs, sample_rows=rows.to(model.device), head_plan=plan)
     return model.forward(inputs)
 

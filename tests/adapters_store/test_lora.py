@@ -253,8 +253,12 @@ def test_converted_pissa(bases: Bases, tmp_path: Path) -> None:
         lower(read_checkpoint(tmp_path / "raw"), shapes(bases("llama")))
 
 
+INVOKED = {"alora_invocation_tokens": [5, 6]}
 NOT_SERVED: dict[str, tuple[dict[str, Any], str]] = {
-    "alora": ({"alora_invocation_tokens": [5, 6]}, "alora_invocation_tokens"),
+    "alora-saved": ({**INVOKED, "modules_to_save": ["lm_head"]}, "modules_to_save"),
+    "alora-bias": ({**INVOKED, "bias": "lora_only"}, "bias"),
+    "alora-tokens": ({**INVOKED, "trainable_token_indices": [4]}, "trainable_token_indices"),
+    "alora-task": ({**INVOKED, "task_type": None}, "task_type"),
     "replication": ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
     "pissa-fast": ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights"),
     "kasa": ({"kasa_config": peft.tuners.lora.config.KasaConfig()}, "kasa_config"),
@@ -305,6 +309,14 @@ def test_peft_type_must_be_text(tmp_path: Path, write_checkpoint: Any, value: An
     [
         ({"future_option": True}, FailedPrecondition, "future_option"),
         ({"future_option": 0}, FailedPrecondition, "future_option"),
+        ({"alora_invocation_tokens": []}, InvalidArgument, "alora_invocation_tokens"),
+        ({"alora_invocation_tokens": 5}, InvalidArgument, "alora_invocation_tokens"),
+        ({"alora_invocation_tokens": [5, -1]}, InvalidArgument, "alora_invocation_tokens"),
+        ({"alora_invocation_tokens": [5.0]}, InvalidArgument, "alora_invocation_tokens"),
+        ({"alora_invocation_tokens": ["5"]}, InvalidArgument, "alora_invocation_tokens"),
+        ({**INVOKED, "use_dora": True}, FailedPrecondition, "use_dora"),
+        ({**INVOKED, "init_lora_weights": "pissa"}, FailedPrecondition, "init_lora_weights"),
+        ({**INVOKED, "init_lora_weights": "olora"}, FailedPrecondition, "init_lora_weights"),
         ({"use_dora": 1}, InvalidArgument, "use_dora"),
         ({"use_dora": True, "lora_bias": True}, FailedPrecondition, "lora_bias"),
         ({"bias": "hra_only"}, FailedPrecondition, "bias"),

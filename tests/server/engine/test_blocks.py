@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from manylora.server.engine.blocks import BlockList, BlockManager
+from manylora.server.engine.invocation import NEVER
 
 SIZE = 3
 TOTAL = 6
@@ -22,32 +23,45 @@ TOKENS = st.tuples(BLOCKS, st.lists(st.integers(0, 1), min_size=1, max_size=2)).
 )
 
 
+Truth = tuple[str, int, tuple[int, ...]]
+
+
 @dataclass(eq=False)
 class Running:
     digest: str
+    base: int
     tokens: list[int]
     blocks: BlockList
     computed: int
 
+    def truth(self, position: int) -> Truth:
+        """What the K and V there depend on: all tokens up to there, and who acted on them."""
+        tokens = tuple(self.tokens[: position + 1])
+        return ("", 0, tokens) if position < self.base else (self.digest, self.base, tokens)
+
 
 class Blocks(RuleBasedStateMachine):
-    """Beside the manager, the truth: what was written at every position of every block, as the
-    digest and all tokens up to there, which is what its K and V depend on."""
+    """Beside the manager, the truth: what was written at every position of every block."""
 
     sequences = Bundle("sequences")
 
     def __init__(self) -> None:
         super().__init__()
         self.manager = BlockManager(TOTAL, SIZE)
-        self.written: dict[tuple[int, int], tuple[str, tuple[int, ...]]] = {}
+        self.written: dict[tuple[int, int], Truth] = {}
         self.alive: list[Running] = []
 
-    @rule(target=sequences, digest=st.sampled_from(DIGESTS), tokens=TOKENS)
-    def start(self, digest: str, tokens: list[int]) -> Running:
-        blocks, computed = self.manager.start(digest, tokens)
+    @rule(
+        target=sequences,
+        digest=st.sampled_from(DIGESTS),
+        tokens=TOKENS,
+        base=st.sampled_from([0, 0, 0, 1, 2, 3, 4, 6, NEVER]),
+    )
+    def start(self, digest: str, tokens: list[int], base: int) -> Running:
+        blocks, computed = self.manager.start(digest, tokens, base=base)
         assert computed == len(blocks.blocks) * SIZE
         assert computed < len(tokens), "the last token's logits are wanted"
-        sequence = Running(digest, list(tokens), blocks, computed)
+        sequence = Running(digest, base, list(tokens), blocks, computed)
         self.alive.append(sequence)
         self.check_content(sequence)
         return sequence
@@ -66,7 +80,7 @@ class Blocks(RuleBasedStateMachine):
             block = sequence.blocks.blocks[position // SIZE]
             assert users[block] == 1, "a block that others read is written to"
             place = (block, position % SIZE)
-            self.written[place] = (sequence.digest, tuple(sequence.tokens[: position + 1]))
+            self.written[place] = sequence.truth(position)
         sequence.computed = end
         self.manager.register(sequence.blocks, sequence.tokens, end)
 
@@ -87,8 +101,7 @@ class Blocks(RuleBasedStateMachine):
     def check_content(self, sequence: Running) -> None:
         for position in range(sequence.computed):
             place = (sequence.blocks.blocks[position // SIZE], position % SIZE)
-            wanted = (sequence.digest, tuple(sequence.tokens[: position + 1]))
-            assert self.written[place] == wanted
+            assert self.written[place] == sequence.truth(position)
 
     @invariant()
     def every_block_is_held_or_free(self) -> None:
@@ -136,6 +149,27 @@ def test_the_longest_cached_prefix_is_found() -> None:
     assert run(manager, "a", [1, 2, 3, 9, 9, 9, 9])[1] == 3
     assert run(manager, "b", prompt)[1] == 0, "another adapter's cache"
     assert run(manager, "", prompt)[1] == 0
+
+
+def test_blocks_before_an_adapter_acts_are_the_bases() -> None:
+    manager = BlockManager(12, SIZE)
+    prompt = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
+
+    def cached(digest: str, base: int) -> int:
+        blocks, cached = manager.start(digest, prompt, base=base)
+        assert manager.grow(blocks, len(prompt))
+        manager.register(blocks, prompt, len(prompt))
+        manager.release(blocks)
+        return cached
+
+    assert cached("", 0) == 0
+    assert cached("a", 4) == 3
+    assert cached("a", 4) == 9
+    assert cached("a", 5) == 3, "from another token on"
+    assert cached("b", 4) == 3, "another adapter"
+    assert cached("a", 6) == 6, "from a block's first token on"
+    assert cached("a", NEVER) == 9
+    assert cached("a", 0) == 0, "an adapter that always acts"
 
 
 def test_a_running_sequence_shares_its_blocks() -> None:

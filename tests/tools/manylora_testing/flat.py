@@ -15,6 +15,7 @@ from manylora.adapters_store.limits import Limits
 from manylora.adapters_store.lowering import lower
 from manylora.kernels import Backend, EditTable, make_batch, make_plan
 from manylora.kernels.attention import row_positions
+from manylora.server.engine.invocation import acts_from
 from manylora.server.engine.model import AdaptedModel, StepInputs
 from manylora.server.engine.packing import PackedAdapter, pack
 from manylora.server.engine.pool import Arena
@@ -25,7 +26,8 @@ from manylora.server.engine.prefix import Prefix, token_ids, virtual_rows, write
 class Stream:
     """One sequence: adapter None is the base. rows: logits float32 [vocab] by position behind the
     adapter's own tokens, of every position if `watched`, else of the prompt's last and all
-    generated ones. before: how many tokens are the adapter's own."""
+    generated ones. before: how many tokens are the adapter's own. acts_from: how many it leaves
+    alone."""
 
     adapter: str | None
     prompt: list[int]
@@ -33,6 +35,7 @@ class Stream:
     starts_at: int = 0
     done: int = 0
     before: int = 0
+    acts_from: int = 0
     tokens: list[int] = field(default_factory=list)
     rows: dict[int, Tensor] = field(default_factory=dict)
     blocks: list[int] = field(default_factory=list)
@@ -59,6 +62,7 @@ class FlatRunner:
         self._free = torch.randperm(blocks, generator=torch.Generator().manual_seed(1)).tolist()
         self.slots = {name: 2 * i + 1 for i, name in enumerate(reversed(list(adapters)))}
         self.prefixes: dict[str, Prefix] = {}
+        self.invocations: dict[str, tuple[int, ...]] = {}
         self._fill_pool(adapters, backend)
         shapes = [(blocks, heads, block_size, dim) for heads, dim in model.kv_layout]
         # what a block held before must not matter, so the caches start full of nonsense
@@ -87,6 +91,7 @@ class FlatRunner:
         prefix = self.prefixes.get(stream.adapter or "")
         own = token_ids(prefix)
         stream.before = len(own)
+        stream.acts_from = acts_from(self.invocations.get(stream.adapter or "", ()), stream.prompt)
         stream.tokens = own + stream.prompt
         if prefix is not None and prefix.packed.keys_values:
             self._grow(stream, stream.before)
@@ -107,15 +112,15 @@ class FlatRunner:
         counts = np.array([count for _, count in chunks], np.int32)
         ends = np.array([s.done + count for s, count in chunks], np.int32)
         sampled = self._sampled(chunks)
-        slots = np.array([self.slots.get(s.adapter or "", -1) for s, _ in chunks], np.int32)
+        slots = np.array([slot for s, n in chunks for slot in self._slots(s, n)], np.int32)
         logits = self.model.forward(
             StepInputs(
                 token_ids=torch.tensor(
                     [max(t, 0) for s, n in chunks for t in s.tokens[s.done : s.done + n]]
                 ),
                 positions=torch.from_numpy(row_positions(counts, ends)),
-                plan=make_plan(np.repeat(slots, counts)),
-                head_plan=make_plan(np.array([slots[i] for i, _, _ in sampled], np.int32)),
+                plan=make_plan(slots),
+                head_plan=make_plan(slots[[row for _, _, row in sampled]]),
                 attention=make_batch(counts, ends, self._block_table(chunks), self.block_size),
                 sample_rows=torch.tensor([row for _, _, row in sampled], dtype=torch.long),
                 virtual=virtual_rows(self._virtual(chunks), torch.device("cpu")),
@@ -127,6 +132,12 @@ class FlatRunner:
             stream.done += count
             if stream.done == len(stream.tokens):
                 stream.tokens.append(int(stream.rows[stream.done - 1 - stream.before].argmax()))
+
+    def _slots(self, stream: Stream, count: int) -> list[int]:
+        """Of the stream's next rows."""
+        slot = self.slots.get(stream.adapter or "", -1)
+        rows = range(stream.done, stream.done + count)
+        return [slot if row >= stream.acts_from else -1 for row in rows]
 
     def _virtual(self, chunks: list[tuple[Stream, int]]) -> Iterator[tuple[int, range, Prefix]]:
         row = 0
@@ -167,6 +178,7 @@ class FlatRunner:
             table.write(self.slots[name], packed.rank, packed.scale, packed.offsets_at(start))
             buffers.append(packed.buffer)
             placed.append((self.slots[name], packed, start))
+            self.invocations[name] = packed.invocation
             if packed.prefix is not None:
                 self.prefixes[name] = Prefix(packed.prefix, Arena(start, packed.buffer.numel()))
         self.model.bind(torch.cat(buffers), table)

@@ -1,0 +1,207 @@
+"""aLoRA: adapters that act from their invocation tokens on; what is before is the base's."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from manylora_testing import Oracle
+from manylora_testing.adapters import tiny_lora
+from manylora_testing.engine import Answer, House
+from transformers import AutoModelForCausalLM
+
+from manylora.server.engine.invocation import NEVER, acts_from
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+Start = Callable[..., Awaitable[House]]
+INVOKE = [60, 61]
+OTHER = [62]
+CONTEXT = list(range(70, 90))  # five blocks of four
+
+
+@pytest.fixture(scope="module")
+def invoked(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("alora")
+    tokens = {"first": INVOKE, "second": INVOKE, "other": OTHER}
+    targets = ["q_proj", "v_proj", "down_proj", "lm_head"]
+    return {
+        name: tiny_lora(
+            base,
+            root / name,
+            r=3,
+            alpha=9,
+            targets=targets[: 4 - i],
+            seed=40 + i,
+            alora_invocation_tokens=ids,
+            lora_bias=i == 1,
+        )
+        for i, (name, ids) in enumerate(tokens.items())
+    }
+
+
+@pytest.fixture
+async def house(start: Start, invoked: dict[str, Path]) -> House:
+    house = await start(block_size=4, max_batch_tokens=10)
+    house.fetch.directories |= invoked
+    return house
+
+
+@pytest.fixture(scope="module")
+def model(base: Path, invoked: dict[str, Path]) -> Any:
+    made: Any = AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.float32, attn_implementation="eager"
+    )
+    for name, directory in invoked.items():
+        if isinstance(made, peft.PeftModel):
+            made.load_adapter(directory, name)
+        else:
+            made = peft.PeftModel.from_pretrained(made, directory, adapter_name=name)
+    return made.eval()
+
+
+@torch.no_grad()
+def generated(model: Any, adapter: str, prompt: Sequence[int], steps: int = 6) -> torch.Tensor:
+    """peft's greedy generation: the logits [steps, vocab] of each of its tokens."""
+    ids = torch.tensor([list(prompt)])
+    options = {"max_new_tokens": steps, "min_new_tokens": steps, "do_sample": False}
+    asked = {"output_logits": True, "return_dict_in_generate": True, **options}
+    if adapter:
+        model.set_adapter(adapter)
+        out = model.generate(input_ids=ids, **asked)
+    else:
+        with model.disable_adapter():
+            out = model.get_base_model().generate(input_ids=ids, **asked)
+    return torch.cat(out.logits)
+
+
+def check(model: Any, adapter: str, prompt: list[int], answer: Answer) -> None:
+    rows = generated(model, adapter, prompt, len(answer.tokens)).log_softmax(dim=-1)
+    assert answer.tokens == rows.argmax(dim=-1).tolist()
+    for row, found in zip(rows, answer.logprobs, strict=True):
+        for entry in found.top:
+            assert abs(float(row[entry.token_id]) - entry.logprob) < 1e-4
+
+
+async def ask(house: House, adapter: str, prompt: list[int]) -> Answer:
+    return await house.ask(prompt, adapter, max_tokens=6, ignore_eos=True, logprobs=20)
+
+
+PROMPTS = [
+    [*CONTEXT, *INVOKE, 9],  # at a block's start
+    [*CONTEXT[:7], *INVOKE, 9, 8],  # across two blocks, and two chunks
+    [*INVOKE, *CONTEXT[:5], *INVOKE, 9],  # the last one counts
+    [*INVOKE, *CONTEXT],  # from the first token on
+    [*CONTEXT[:9], *INVOKE],  # at the very end
+    [*CONTEXT, INVOKE[0]],  # nowhere
+    [INVOKE[0], INVOKE[0], INVOKE[1]],
+]
+
+
+async def test_mixed_batch_is_pefts(house: House, model: Any, oracle: Oracle) -> None:
+    names = ["first", "second", "other", ""]
+    asked = [(name, prompt) for prompt in PROMPTS for name in names]
+    asked += [("other", [*CONTEXT, *OTHER, 9]), ("adapter-1", PROMPTS[0])]
+    for _ in range(2):  # the second time, much comes out of the cache
+        answers = await asyncio.gather(*(ask(house, *request) for request in asked))
+        for (name, prompt), answer in zip(asked, answers, strict=True):
+            if name == "adapter-1":
+                assert answer.tokens == oracle.greedy(name, prompt, len(answer.tokens))
+            else:
+                check(model, name, prompt, answer)
+    first, base = (answers[asked.index((name, PROMPTS[0]))] for name in ("first", ""))
+    assert first.tokens != base.tokens
+    nowhere = answers[asked.index(("first", PROMPTS[5]))]
+    assert nowhere.tokens == answers[asked.index(("", PROMPTS[5]))].tokens
+    await house.check_nothing_is_held()
+
+
+async def test_an_answers_own_invocation_changes_nothing(house: House, model: Any) -> None:
+    """Only the prompt's counts, as in peft's generate."""
+    prompt = [*CONTEXT[:3], 9]
+    tokens = (await ask(house, "", prompt)).tokens
+    made = [*prompt, *tokens]
+    again = [*made[:-2], *INVOKE]
+    check(model, "first", again, await ask(house, "first", again))
+
+
+async def test_blocks_before_are_shared_with_the_base(house: House, model: Any) -> None:
+    async def cached(name: str, prompt: list[int]) -> int:
+        answer = await ask(house, name, prompt)
+        check(model, name, prompt, answer)
+        assert answer.usage is not None
+        return answer.usage.cached_tokens
+
+    prompt = [*CONTEXT, *INVOKE, 9, 8, 7]
+    assert await cached("first", prompt) == 0
+    assert await cached("second", prompt) == 20  # all before the invocation, and no more
+    assert await cached("", [*CONTEXT, 9]) == 20
+    assert await cached("other", [*CONTEXT, *OTHER, 9, 8]) == 20
+    assert await cached("first", prompt) == 24
+    later = [*CONTEXT, *INVOKE, 9, 8, *INVOKE, 5]  # the same tokens, but not acted on yet
+    assert await cached("first", later) == 20
+    assert await cached("", later) == 24
+    assert await cached("first", later) == 24
+    inside = [*CONTEXT[:14], *INVOKE, *CONTEXT[:6]]
+    assert await cached("", inside) == 12
+    assert await cached("first", inside) == 12  # not the base's fourth block
+    assert await cached("second", inside) == 12
+    assert await cached("first", inside) == 20
+    await house.check_nothing_is_held()
+
+
+async def test_blocks_are_held_once(start: Start, invoked: dict[str, Path], model: Any) -> None:
+    """While they run together, too."""
+    house = await start(block_size=4, max_batch_tokens=64)
+    house.fetch.directories |= invoked
+    names = ["first", "second", "other", ""]
+    prompts = [[*CONTEXT, *(OTHER if name == "other" else INVOKE), 9] for name in names]
+    await asyncio.gather(*(house.load(name) for name in names if name))
+    check(model, "", prompts[3], await ask(house, "", prompts[3]))
+    house.seen.steps.clear()
+    answers = await asyncio.gather(*map(ask, [house] * 4, names, prompts))
+    for name, prompt, answer in zip(names, prompts, answers, strict=True):
+        check(model, name, prompt, answer)
+    together = [s.stats for s in house.seen.steps if s.sequences == 4]
+    assert together
+    most = max(stats.blocks_total - stats.blocks_free for stats in together)
+    assert most <= 5 + 4 * 3  # and not 4 * 8
+    await house.check_nothing_is_held()
+
+
+async def test_preempted(start: Start, invoked: dict[str, Path], model: Any) -> None:
+    """So few blocks that sequences are computed again, from before and behind the invocation."""
+    house = await start(block_size=4, kv_cache_bytes=14 * 4 * 2 * 2 * 16 * 2 * 4)
+    house.fetch.directories |= invoked
+    prompts = [[*CONTEXT[: 5 + i], *INVOKE, 70 + i] for i in range(5)]
+    names = ["first", "second", "first", "", "second"]
+    answers = await asyncio.gather(
+        *(
+            house.ask(prompt, name, max_tokens=15, ignore_eos=True, logprobs=3)
+            for prompt, name in zip(prompts, names, strict=True)
+        )
+    )
+    for name, prompt, answer in zip(names, prompts, answers, strict=True):
+        check(model, name, prompt, answer)
+    await house.check_nothing_is_held()
+
+
+@pytest.mark.parametrize(
+    ("invocation", "prompt", "wanted"),
+    [
+        ([], [1, 2], 0),
+        ([1], [1, 2, 1, 3], 2),
+        ([1, 2], [1, 1, 2, 1], 1),
+        ([1, 1], [1, 1, 1], 1),
+        ([1, 2], [1, 2], 0),
+        ([1, 2, 3], [1, 2], NEVER),
+        ([4], [1, 2], NEVER),
+    ],
+)
+def test_acts_from(invocation: list[int], prompt: list[int], wanted: int) -> None:
+    assert acts_from(invocation, prompt) == wanted
