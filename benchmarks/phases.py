@@ -14,6 +14,7 @@ from peers.protocol import Batch, Outcome, Spec
 from records import Record, Results, first_token, per_token
 from venvs import PEERS, interpreter
 from workloads import OUTPUT_TOKENS, WORKLOADS, Workload, adapter_folders
+from workloads import REGISTERED as COUNTS
 
 LLAMA, PEFT_SERIAL = "llama.cpp", "transformers-peft-serial"
 OWN_SCRIPTS = {OURS: "in_process.py", OVER_GRPC: "over_grpc.py"}
@@ -193,3 +194,5 @@ ZIPF = (
     Entry(OURS, {"zipf-128": 3}),
     Entry(OURS, {"zipf-128-roomy": 3}),
 )
+
+REGISTERED = tuple(Entry(OURS, {f"registered-{count}": 2}, full_warm_up=False) for count in COUNTS)

@@ -1,12 +1,11 @@
-"""A run's results for people: a table and a plot."""
+"""A run's results for people, as tables."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from bars import Judged
-from records import Record, Results, Spread
+from records import Results, Spread
 from rich.table import Table
 from workloads import WORKLOADS
 
@@ -32,49 +31,18 @@ def bars_table(judged: Sequence[Judged]) -> Table:
     return table
 
 
-def plot_speeds(results: Results, file: Path) -> None:
-    """Tokens/s of every contender, workload by workload; lines from the least to the most."""
-    from matplotlib.figure import Figure  # noqa: PLC0415
-
-    names = [n for n in WORKLOADS if any(r.workload == n for r in results.records)]
-    contenders = list(dict.fromkeys(r.contender for r in results.records))
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    width = 0.8 / max(1, len(contenders))
-    for i, contender in enumerate(contenders):
-        found = [(x, results.spread(contender, n, _speed)) for x, n in enumerate(names)]
-        known = [(x, s) for x, s in found if s is not None]
-        bars = axes.bar(
-            [x + (i + 0.5) * width - 0.4 for x, _ in known],
-            [s.median for _, s in known],
-            width,
-            yerr=[[s.median - s.low for _, s in known], [s.high - s.median for _, s in known]],
-            label=contender,
-        )
-        axes.bar_label(bars, fmt="%.0f", fontsize=6)
-    axes.set_yscale("log")
-    axes.set_ylabel("output tokens/s")
-    axes.set_xticks(range(len(names)), names)
-    axes.legend(fontsize=7)
-    figure.savefig(file)
-
-
-def _speed(record: Record) -> float:
-    return record.tokens_per_second
-
-
 def _cells(results: Results, contender: str, workload: str) -> list[str]:
     def of(what: str, unit: float, digits: int) -> str:
         return _text(results.spread(contender, workload, lambda r: getattr(r, what)), unit, digits)
 
-    speed = results.spread(contender, workload, _speed)
+    runs = results.spread(contender, workload, lambda r: r.seconds)
     return [
         of("tokens_per_second", 1, 0),
         of("first_token", 1e3, 0),
         of("per_token", 1e3, 1),
         of("peak_bytes", 2**-20, 0),
         of("start_seconds", 1, 1),
-        str(speed.count if speed else 0),
+        str(runs.count if runs else 0),
     ]
 
 

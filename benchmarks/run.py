@@ -1,6 +1,6 @@
 """Runs the benchmark: by itself, or beside its peers.
 
-    python benchmarks/run.py [--peers] [--model DIRECTORY] [--out DIRECTORY]
+    python benchmarks/run.py [--peers] [--model DIRECTORY] [--out DIRECTORY] [--report DIRECTORY]
 
 Without --peers: our own ratios, in about a minute. With it: everything that issue 4 has a bar for.
 Every run is a line of records.jsonl as soon as it is done; the last line printed is JSON with the
@@ -21,13 +21,16 @@ from pathlib import Path
 from alone import run_alone
 from bars import BARS, as_json, judge
 from paths import Places
-from phases import MIXED, QUICK, RANK_16, ZIPF, Bench, run_phase
-from records import Results
-from report import bars_table, plot_speeds, speeds
+from phases import MIXED, QUICK, RANK_16, REGISTERED, ZIPF, Bench, run_phase
+from plots import plot_registered, plot_speeds
+from records import Results, load
+from report import bars_table, speeds
 from rich.console import Console
 
 from manylora.demo.base import get_base
 
+RECORDS = "records.jsonl"
+WIDTH = 140
 QUICK_BARS = (
     "single-adapter per token / single-base",
     "distinct-32 / base-32",
@@ -39,43 +42,52 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--peers", action="store_true", help="everything; about 20 minutes")
     parser.add_argument("--model", type=Path, help="a checkpoint; default: SmolLM2-135M-Instruct")
-    parser.add_argument("--out", type=Path, help="where records, table and plot go")
+    parser.add_argument("--out", type=Path, help="where records, tables and plots go")
+    parser.add_argument(
+        "--report", type=Path, help="measure nothing: report an earlier run's --out"
+    )
     options = parser.parse_args()
+    names = [bar.name for bar in BARS] if options.peers else QUICK_BARS
+    if options.report:
+        return report(load(options.report / RECORDS), options.report, names)
     os.environ["HF_HUB_OFFLINE"] = "1"
-    console = Console(highlight=False)
-    began = time.monotonic()
-
-    def say(line: str) -> None:
-        console.print(f"{time.monotonic() - began:6.0f} s  {line}")
-
-    places = Places.default()
-    model = options.model or get_base(places.cache, console)
-    out = options.out or places.cache / "bench" / "results" / f"{datetime.now():%Y%m%d-%H%M%S}"
-    out.mkdir(parents=True, exist_ok=True)
-    vocab = int(json.loads((model / "config.json").read_text())["vocab_size"])
-    bench = Bench(model.resolve(), vocab, places, Results(out / "records.jsonl"), say)
-    failures = _everything(bench) if options.peers else run_phase(bench, QUICK)
-    return _report(bench, out, failures, [b.name for b in BARS] if options.peers else QUICK_BARS)
+    bench, out = _prepare(options.model, options.out)
+    failures = measure(bench) if options.peers else run_phase(bench, QUICK)
+    return report(bench.results, out, names, failures)
 
 
-def _everything(bench: Bench) -> list[str]:
+def measure(bench: Bench) -> list[str]:
+    """Everything that there is a bar for, and more; returns what went wrong."""
     failures = []
-    for phase in (RANK_16, MIXED, ZIPF):
+    for phase in (RANK_16, MIXED, ZIPF, REGISTERED):
         failures += run_phase(bench, phase)
     return failures + run_alone(bench)
 
 
-def _report(bench: Bench, out: Path, failures: list[str], names: Sequence[str]) -> int:
-    results = bench.results
+def report(results: Results, out: Path, names: Sequence[str], failures: Sequence[str] = ()) -> int:
+    """Prints and writes tables and plots; the exit code."""
     judged = judge(results, names)
-    wide = Console(width=140, highlight=False)
-    wide.print(speeds(results), bars_table(judged))
-    with (out / "table.txt").open("w") as file:
-        Console(width=140, file=file).print(speeds(results), bars_table(judged))
+    with (out / "tables.txt").open("w") as file:
+        for console in (Console(width=WIDTH), Console(width=WIDTH, file=file)):
+            console.print(speeds(results), bars_table(judged))
     plot_speeds(results, out / "speeds.svg")
-    wide.print(f"records, table and plot: {out}", *failures, sep="\n")
+    plot_registered(results, out / "registered.svg")
+    print(f"records, tables and plots: {out}", *failures, sep="\n")
     print(json.dumps(as_json(judged)), flush=True)
     return 0 if all(j.holds for j in judged) and not failures else 1
+
+
+def _prepare(model: Path | None, out: Path | None) -> tuple[Bench, Path]:
+    console, began, places = Console(highlight=False), time.monotonic(), Places.default()
+
+    def say(line: str) -> None:
+        console.print(f"{time.monotonic() - began:6.0f} s  {line}", soft_wrap=True)
+
+    model = (model or get_base(places.cache, console)).resolve()
+    out = out or places.cache / "bench" / "results" / f"{datetime.now():%Y%m%d-%H%M%S}"
+    out.mkdir(parents=True, exist_ok=True)
+    vocab = int(json.loads((model / "config.json").read_text())["vocab_size"])
+    return Bench(model, vocab, places, Results(out / RECORDS), say), out
 
 
 if __name__ == "__main__":
