@@ -48,11 +48,14 @@ def run_alone(
     model.step.overrides.write(0, packed.overrides, pool, 0)
     model.bind(pool, table)
     sequence = _sequence(packed, task, ids)
+    prefix = None if packed.prefix is None else Prefix(packed.prefix, Arena(0, len(pool)))
     if isinstance(model, EncoderModel):
+        sequence.prepend_rows(prefix)
         chunk = Chunk(sequence, 0, len(sequence.tokens))
         run_encoder_step(model, [chunk], model.device)
         logits = model.step.hidden
     else:
+        sequence.prepend(prefix)
         chunk = _attend(model, sequence)
         logits = _forward(model, chunk)
     if task is Task.CAUSAL_LM:
@@ -74,8 +77,6 @@ def _sequence(packed: PackedAdapter, task: Task, ids: Seq[int]) -> Sequence:
     sequence = Sequence.start(request, frozenset())
     sequence.slot = 0
     sequence.acts_from = acts_from(packed.invocation, ids)
-    if packed.prefix is not None:
-        sequence.prepend(Prefix(packed.prefix, Arena(0, packed.buffer.numel())))
     return sequence
 
 

@@ -26,7 +26,14 @@ from manylora_testing.encoder_column import (
     run_encoder_column,
 )
 from manylora_testing.flat import FlatRunner, Stream
-from manylora_testing.methods import METHODS, PLACES, make_method, methods_of, peft_rows
+from manylora_testing.methods import (
+    INVOCATION,
+    METHODS,
+    PLACES,
+    make_method,
+    methods_of,
+    peft_rows,
+)
 from manylora_testing.models import VOCAB, tiny_model
 
 DECODERS = tuple(arch for arch in PLACES if arch != ENCODER)
@@ -112,8 +119,7 @@ def main() -> int:
     print(f"{'method':16}" + "".join(f"{arch:>12}" for arch in columns))
     for method in ("base", *METHODS):
         cells = [
-            f"{column[method][0]:.1e}" if method in column else "-"
-            for column in columns.values()
+            f"{column[method][0]:.1e}" if method in column else "-" for column in columns.values()
         ]
         print(f"{method:16}" + "".join(f"{cell:>12}" for cell in cells))
     differences = [gap for column in columns.values() for gap, _ in column.values()]
@@ -122,7 +128,9 @@ def main() -> int:
 
 
 def _prompt(generator: torch.Generator, length: int) -> list[int]:
-    return torch.randint(3, VOCAB, (length,), generator=generator).tolist()
+    """Random tokens; from the fifth on, what invokes aLoRA."""
+    prompt: list[int] = torch.randint(3, VOCAB, (length,), generator=generator).tolist()
+    return [*prompt[:4], *INVOCATION, *prompt[6:]]
 
 
 def _rows(stream: Stream) -> torch.Tensor:

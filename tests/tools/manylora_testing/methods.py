@@ -124,6 +124,7 @@ def _lora_and(saved: Callable[[Places], list[str]]) -> Callable[[Places], dict[s
 
 _TOKENS = list(range(95, 3, -3))  # enough of them that prompts have some
 _LORA: dict[str, Any] = {"r": 4, "lora_alpha": 6}
+INVOCATION = [7, 9]
 _ADALORA: dict[str, Any] = {"init_r": 4, "target_r": 3, "lora_alpha": 6, "total_step": 10}
 
 METHODS: dict[str, Recipe] = {
@@ -134,6 +135,14 @@ METHODS: dict[str, Recipe] = {
     "lora_bias": Recipe(peft.LoraConfig, {**_LORA, "lora_bias": True}),
     "dora": Recipe(peft.LoraConfig, {**_LORA, "use_dora": True}),
     "dora-bias": Recipe(peft.LoraConfig, {**_LORA, "use_dora": True, "bias": "lora_only"}),
+    "alora": Recipe(
+        peft.LoraConfig,
+        {**_LORA, "alora_invocation_tokens": INVOCATION},
+        lambda places: {
+            "target_modules": list(places.attention)
+        },  # peft cannot run it on OPT's MLP
+        text=True,
+    ),
     "pissa": Recipe(peft.LoraConfig, {**_LORA, "init_lora_weights": "pissa"}),
     "pissa-dora": Recipe(
         peft.LoraConfig, {**_LORA, "init_lora_weights": "pissa", "use_dora": True}
