@@ -34,9 +34,11 @@ def pack_b(b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """
     out, rank = b.shape
     outs, ranks, depth = _padded(out, rank, dtype)
+    whole = outs // _BLOCK * _BLOCK
+    if (whole, ranks) == (out, rank):
+        return _depth_first(b.to(dtype).reshape(-1, _BLOCK, ranks), depth)
     padded = torch.zeros(outs, ranks, dtype=dtype)
     padded[:out, :rank] = b
-    whole = outs // _BLOCK * _BLOCK
     parts = (padded[:whole].view(-1, _BLOCK, ranks), padded[whole:].unsqueeze(0))
     return torch.cat([_depth_first(part, depth) for part in parts])
 

@@ -28,6 +28,36 @@ def test_sound_checkpoint(tmp_path: Path, write_checkpoint) -> None:
     assert all(torch.equal(loaded[name], expected[name]) for name in expected)
 
 
+def test_any_part_of_a_file_with_several_dtypes(tmp_path: Path, write_checkpoint) -> None:
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    names = [f"t{i}" for i in range(12)]
+    write_checkpoint(
+        tmp_path,
+        tensors={
+            name: torch.full((i % 4, 3), float(i), dtype=dtypes[i % 3])
+            for i, name in enumerate(names)
+        },
+    )
+    expected = load_file(tmp_path / WEIGHTS)
+    checkpoint = read_checkpoint(tmp_path)
+    for some in (names[::-1], names[3:7], names[1::5], []):
+        loaded = checkpoint.load(some)
+        assert loaded.keys() == set(some)
+        for name in some:
+            assert loaded[name].dtype == expected[name].dtype
+            assert torch.equal(loaded[name], expected[name])
+
+
+def test_the_first_value_that_is_not_finite_is_named(tmp_path: Path, write_checkpoint) -> None:
+    tensors = {name: torch.ones(50_000) for name in ("a", "b", "c")}
+    tensors["b"][-1] = float("inf")
+    tensors["c"][0] = float("nan")
+    write_checkpoint(tmp_path, tensors=tensors)
+    with pytest.raises(InvalidArgument, match="not finite") as caught:
+        read_checkpoint(tmp_path)
+    assert (caught.value.field, caught.value.found) == (f"{WEIGHTS}: b", "infinity")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("position", [0, 1_500_000, 3_000_000 - 1])
