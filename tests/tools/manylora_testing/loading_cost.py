@@ -1,7 +1,7 @@
 """What it costs to load an adapter, by PEFT method.
 
-`python -m manylora_testing.loading_cost` prints seconds of lowering and packing, and bytes that
-stay resident, for two decoder layers of Llama's kind, 1024 wide, in float32.
+`python -m manylora_testing.loading_cost` prints milliseconds of reading, lowering and packing, and
+bytes that stay resident, for two decoder layers of Llama's kind, 1024 wide, in float32.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def main() -> int:
             lowered = lower(read_checkpoint(adapter), model.modules, model.parameter)
             packed = pack(lowered, ids, backend, model.dtype)
             seconds = time.perf_counter() - start
-            rank = max(edit.rank for edit in lowered.edits.values())
+            rank = max((edit.rank for edit in lowered.edits.values()), default=0)
             file = (adapter / "adapter_model.safetensors").stat().st_size
-            print(f"| {method} | {rank} | {seconds:.2f} | {file / 1e6:.2f} | "
+            print(f"| {method} | {rank} | {1e3 * seconds:.1f} | {file / 1e6:.2f} | "
                   f"{packed.bytes / 1e6:.2f} |", flush=True)  # fmt: skip
     return 0
 
