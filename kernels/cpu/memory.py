@@ -22,8 +22,10 @@ def huge_empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     Memory that nobody has written yet takes none.
     """
     numel = torch.Size(shape).numel()
-    # A whole page more, so that it can begin where one does.
-    memory = mmap.mmap(-1, max(numel * dtype.itemsize, 1) + _HUGE)
+    # A whole page more, so that it can begin where one does. Private: systems that have huge pages
+    # to give seldom give them to shared memory, which is Python's default.
+    flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    memory = mmap.mmap(-1, max(numel * dtype.itemsize, 1) + _HUGE, **flags)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel built without them
             memory.madvise(mmap.MADV_HUGEPAGE)
