@@ -20,6 +20,8 @@ void paged_attention(void* out, const void* q, int64_t q_row_stride, int64_t q_h
                      const AttentionLayer* layer);
 void rms_norm(void* out, const void* x, int64_t x_stride, void* residual, const void* weight,
               int64_t rows, int64_t size, float eps, float offset, int64_t dtype);
+void rms_norm_heads(void* x, int64_t x_stride, const void* weight, int64_t rows, int64_t heads,
+                    int64_t head_dim, float eps, float offset, int64_t dtype);
 void act_mul(void* out, const void* x, int64_t x_stride, int64_t rows, int64_t size,
              int64_t activation, int64_t dtype);
 
@@ -35,6 +37,16 @@ void project(const DecoderStep& s, const DecoderProjection& p, const void* x, vo
 void norm(const DecoderStep& s, void* y, const void* weight, int64_t size) {
   if (weight == nullptr) return;
   rms_norm(y, y, size, nullptr, weight, s.rows, size, s.eps, s.offset, kBFloat16);
+}
+
+// q and k of the packed rows.
+void norm_heads(const DecoderStep& s, const DecoderLayer& l) {
+  if (l.q_norm == nullptr) return;
+  const int64_t d = l.attention->head_dim, heads = l.attention->heads;
+  bf16* const q = static_cast<bf16*>(s.qkv);
+  rms_norm_heads(q, l.qkv.out, l.q_norm, s.rows, heads, d, s.eps, s.offset, kBFloat16);
+  rms_norm_heads(q + heads * d, l.qkv.out, l.k_norm, s.rows, l.attention->kv_heads, d, s.eps,
+                 s.offset, kBFloat16);
 }
 
 // x += y, rounded once.
@@ -54,8 +66,10 @@ void run_layer(const DecoderStep& s, const DecoderLayer& l) {
   rms_norm(s.normed, s.x, hidden, nullptr, l.before_attention, s.rows, hidden, s.eps, s.offset,
            kBFloat16);
   project(s, l.qkv, s.normed, s.qkv);
-  rotary_write_kv(s.qkv, l.qkv.out, s.cos, s.sin, s.half, l.k_cache, l.v_cache, s.batch,
-                  l.attention);
+  norm_heads(s, l);
+  const int64_t angles = l.rotary * s.rows * s.half;
+  rotary_write_kv(s.qkv, l.qkv.out, s.cos + angles, s.sin + angles, s.half, l.k_cache, l.v_cache,
+                  s.batch, l.attention);
   paged_attention(s.mixed, s.qkv, l.qkv.out, d, l.k_cache, l.v_cache, s.batch, l.attention);
   project(s, l.o, s.mixed, s.y);
   norm(s, s.y, l.after_attention, hidden);

@@ -20,8 +20,10 @@ struct DecoderLayer {
   // Norms' weights [hidden]: before and after attention, before and after the MLP; the two after
   // may be null.
   const void *before_attention, *after_attention, *before_mlp, *after_mlp;
+  const void *q_norm, *k_norm;  // [head_dim], of each head before rotary; both may be null
   void *k_cache, *v_cache;
   const AttentionLayer* attention;
+  int64_t rotary;  // which of the step's rotary embeddings
 };
 
 struct DecoderStep {
@@ -34,7 +36,7 @@ struct DecoderStep {
   const void* table;
   const int32_t* plan;    // null: no row has an adapter
   const Batch* batch;
-  const float *cos, *sin; // [rows, half]
+  const float *cos, *sin; // [rotary embeddings, rows, half]
   int64_t half;
   int64_t activation;     // as act_mul's
   float eps, offset;      // of the norms

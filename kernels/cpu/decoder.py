@@ -32,7 +32,9 @@ class DecoderProjection:
 @dataclass(slots=True, frozen=True)
 class DecoderLayer:
     """One layer: projections qkv, o, gate_up and down; norms before and after attention, before
-    and after the MLP (bfloat16 [hidden], None where there is none); its caches, and how it attends.
+    and after the MLP (bfloat16 [hidden], None where there is none), and of each head of q and of k
+    (bfloat16 [head_dim], both or none); its caches, how it attends, and which of the step's rotary
+    embeddings it takes.
     """
 
     projections: Sequence[DecoderProjection]
@@ -40,6 +42,7 @@ class DecoderLayer:
     k_cache: torch.Tensor
     v_cache: torch.Tensor
     attention: Layer
+    rotary: int = 0
 
 
 class _Projection(ctypes.Structure):
@@ -55,10 +58,11 @@ class _Projection(ctypes.Structure):
 class _Layer(ctypes.Structure):
     _fields_ = (
         ("projections", _Projection * 4),
-        ("norms", c_void_p * 4),
+        ("norms", c_void_p * 6),
         ("k_cache", c_void_p),
         ("v_cache", c_void_p),
         ("attention", c_void_p),
+        ("rotary", c_int64),
     )
 
 
@@ -84,6 +88,7 @@ class DecoderLayers:
         self._layers = tuple(layers)  # keeps alive what the array points at
         self._array = (_Layer * len(self._layers))(*map(_words, self._layers))
         self._fixed = (activation, eps, offset)
+        self._rotaries = 1 + max(layer.rotary for layer in self._layers)
         qkv, o, gate_up, down = (p.weight for p in self._layers[0].projections)
         hidden = qkv.in_size
         self._widths = (hidden, hidden, qkv.out_size, o.in_size, gate_up.out_size, down.in_size)
@@ -102,7 +107,7 @@ class DecoderLayers:
         module's input: products are taken of x as it is.
 
         Args:
-            x: bfloat16 [rows, hidden]. cos, sin: float32 [rows, half].
+            x: bfloat16 [rows, hidden]. cos, sin: float32 [rotary embeddings, rows, half].
 
         Raises:
             ValueError: tensors that do not fit the layers, the plan or the batch.
@@ -115,7 +120,7 @@ class DecoderLayers:
             or not cos.is_contiguous()
             or not sin.is_contiguous()
             or cos.shape != sin.shape
-            or len(cos) != rows
+            or cos.shape[:2] != (self._rotaries, rows)
             or cos.dtype != torch.float32
             or sin.dtype != torch.float32
             or rows != batch.rows
@@ -124,8 +129,8 @@ class DecoderLayers:
         ):
             raise ValueError(
                 f"decoder_layers: wanted x bfloat16 [{batch.rows}, {self._widths[0]}], cos and sin "
-                f"float32 of as many rows; found x {tuple(x.shape)} {x.dtype}, cos "
-                f"{tuple(cos.shape)} {cos.dtype}, plan of {plan.rows} rows and slots to "
+                f"float32 [{self._rotaries}, {batch.rows}, half]; found x {tuple(x.shape)} "
+                f"{x.dtype}, cos {tuple(cos.shape)} {cos.dtype}, plan of {plan.rows} rows and slots to "
                 f"{plan.max_slot}, table of {table.slots} slots"
             )
         buffers = [torch.empty(rows, width, dtype=torch.bfloat16) for width in self._widths]
@@ -140,7 +145,7 @@ class DecoderLayers:
             batch.address,
             cos.data_ptr(),
             sin.data_ptr(),
-            cos.shape[1],
+            cos.shape[2],
             activation,
             eps,
             offset,
@@ -161,10 +166,11 @@ def _words(layer: DecoderLayer) -> _Layer:
     ]
     return _Layer(
         (_Projection * 4)(*projections),
-        (c_void_p * 4)(*map(_address, layer.norms)),
+        (c_void_p * 6)(*map(_address, layer.norms)),
         layer.k_cache.data_ptr(),
         layer.v_cache.data_ptr(),
         layer.attention.address,
+        layer.rotary,
     )
 
 

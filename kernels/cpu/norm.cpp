@@ -43,17 +43,22 @@ MANYLORA_INLINE float inverse_root(float mean_square, float eps) {
 }
 
 template <class T>
+MANYLORA_INLINE void rms_row(T* to, const T* h, const T* weight, int64_t n, float eps,
+                             float offset) {
+  const float square = total(h, n, [](Vec v) { return mul(v, v); });
+  const Vec scale = splat(inverse_root(square / static_cast<float>(n), eps));
+  each_vec(n, [&](int64_t i, auto part) {
+    const Vec w = add(load(weight + i, part), splat(offset));
+    store(to + i, mul(mul(load(h + i, part), scale), w), part);
+  });
+}
+
+template <class T>
 static void rms_rows(T* out, const T* x, int64_t x_stride, T* residual, const T* weight,
                      int64_t rows, int64_t n, float eps, float offset) {
   each_row(rows, n, [&](int64_t row) {
-    T* const to = out + row * n;
     const T* const h = stream(x + row * x_stride, residual ? residual + row * n : nullptr, n);
-    const float square = total(h, n, [](Vec v) { return mul(v, v); });
-    const Vec scale = splat(inverse_root(square / static_cast<float>(n), eps));
-    each_vec(n, [&](int64_t i, auto part) {
-      const Vec w = add(load(weight + i, part), splat(offset));
-      store(to + i, mul(mul(load(h + i, part), scale), w), part);
-    });
+    rms_row(out + row * n, h, weight, n, eps, offset);
   });
 }
 
@@ -82,6 +87,23 @@ void rms_norm(void* out, const void* x, int64_t x_stride, void* residual, const 
     using T = decltype(t);
     rms_rows(static_cast<T*>(out), static_cast<const T*>(x), x_stride, static_cast<T*>(residual),
              static_cast<const T*>(weight), rows, size, eps, offset);
+  };
+  if (dtype == kFloat32) return run(float());
+  if (dtype == kFloat16) return run(f16());
+  run(bf16());
+}
+
+// x [rows, heads, head_dim] in place, each head by itself; x_stride: of a row.
+void rms_norm_heads(void* x, int64_t x_stride, const void* weight, int64_t rows, int64_t heads,
+                    int64_t head_dim, float eps, float offset, int64_t dtype) {
+  const auto run = [&](auto t) {
+    using T = decltype(t);
+    each_row(rows, heads * head_dim, [&](int64_t row) {
+      T* const first = static_cast<T*>(x) + row * x_stride;
+      for (T* head = first; head < first + heads * head_dim; head += head_dim) {
+        rms_row(head, head, static_cast<const T*>(weight), head_dim, eps, offset);
+      }
+    });
   };
   if (dtype == kFloat32) return run(float());
   if (dtype == kFloat16) return run(f16());

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from manylora.adapters_store.head import Task
 from manylora.server.engine.model.attach import LayerAttention
-from manylora.server.engine.model.fuse import PackedRows
+from manylora.server.engine.model.projection import PackedRows
 from manylora.server.engine.model.step import StepInputs
 from manylora.server.engine.model.tree import AdaptedTree
 

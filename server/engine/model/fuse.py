@@ -2,9 +2,10 @@
 
 A layer whose class is in `FUSABLE` is: norm, packed qkv product, rotary and KV write, paged
 attention, o product, residual and norm, packed gate_up product, gated activation, down product,
-residual (with Gemma's two more norms where the class has them). Hugging Face's tree around the
-layers stays: embedding, final norm, head, and whatever the model does to its logits. Models with
-any other layer keep the unfused path, which is also what this one is tested against.
+residual (with Gemma's two more norms, and norms of the heads of q and k, where the class has them).
+Hugging Face's tree around the layers stays: embedding, final norm, head, and whatever the model
+does to its logits. Models with any other layer keep the unfused path, which is also what this one
+is tested against.
 """
 
 from __future__ import annotations
@@ -15,19 +16,21 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.gemma.modeling_gemma import GemmaDecoderLayer
 from transformers.models.gemma2.modeling_gemma2 import Gemma2DecoderLayer
+from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
-from manylora.kernels import SliceGroup, cpu
+from manylora.kernels import cpu
 from manylora.server.engine.model.adapt import AdaptedHead, AdaptedLinear, AdaptedNorm
 from manylora.server.engine.model.attach import LayerAttention
+from manylora.server.engine.model.projection import FusedHead, PackedRows, Projection
 from manylora.server.engine.model.stack import DecoderStack, make_stack
 from manylora.server.engine.model.step import StepState
 
@@ -35,13 +38,15 @@ FUSABLE = {
     LlamaDecoderLayer,
     MistralDecoderLayer,
     Qwen2DecoderLayer,
+    Qwen3DecoderLayer,
     Phi3DecoderLayer,
     GemmaDecoderLayer,
     Gemma2DecoderLayer,
+    Gemma3DecoderLayer,
 }
 """By exact class: a subclass may compute something else."""
 
-GEMMA = {GemmaDecoderLayer, Gemma2DecoderLayer}
+GEMMA = {GemmaDecoderLayer, Gemma2DecoderLayer, Gemma3DecoderLayer}
 """Their norms multiply by 1 + weight."""
 
 
@@ -77,137 +82,37 @@ def fuse(
         for group, projection in zip(_groups(base), layer.projections, strict=True):
             packed |= {names[m]: rows for m, rows in zip(group, projection.rows(), strict=True)}
     fused: list[FusedLayer] = list(found)  # type: ignore[arg-type]
-    stack = make_stack(fused, step)
+    decoder.rotary_emb = rotary = HalfRotary(decoder.rotary_emb)
+    stack = make_stack(fused, rotary, step)
     for layer in fused:
         layer.stack = stack
-    decoder.rotary_emb = HalfRotary(decoder.rotary_emb)
     for name, module in list(model.named_modules()):
         if type(module) is AdaptedHead:
             model.set_submodule(name, FusedHead(module, arena))
     return packed
 
 
-@dataclass(slots=True, frozen=True)
-class PackedRows:
-    """One module's weight and bias within a packed product."""
-
-    projection: Projection
-    start: int
-    size: int
-
-    def weight(self) -> Tensor:
-        """[out, in], a copy or a view."""
-        return self.projection.product.weight(self.start, self.size)
-
-    def bias(self) -> Tensor | None:
-        """[out], a view; None if the module has none."""
-        bias = self.projection.product.bias
-        return None if bias is None else bias.detach().narrow(0, self.start, self.size)
-
-
-class Projection:
-    """One product for modules that read the same x, then every row's own edits.
-
-    [rows, in] → [rows, sum of the modules' outs]. Copies the modules' weights.
-    """
-
-    def __init__(
-        self, modules: Sequence[AdaptedLinear], step: StepState, arena: cpu.HugeArena
-    ) -> None:
-        sizes = [module.weight.shape[0] for module in modules]
-        starts = [sum(sizes[:i]) for i in range(len(sizes))]
-        ids = [module.group.modules[0] for module in modules]
-        self.group = SliceGroup(tuple(ids), tuple(starts), tuple(sizes))
-        self.step = step
-        biases: list[Tensor] = [module.bias for module in modules if module.bias is not None]
-        weights: list[Tensor] = [module.weight for module in modules]
-        bias = torch.cat(biases) if biases else None
-        self.product = PackedProduct(torch.cat(weights), bias, arena)
-
-    def rows(self) -> list[PackedRows]:
-        """Each module's part, in the order given."""
-        group = self.group
-        return [PackedRows(self, *at) for at in zip(group.starts, group.sizes, strict=True)]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        step = self.step
-        if step.plan.empty:
-            return self.product(x)
-        y = self._scaled(x) if step.table.scales_inputs(self.group) else self.product(x)
-        if step.overridden:
-            self._override_(y, x)
-        step.kernels.apply_edits_(y, x, self.group, step.pool, step.table, step.plan)
-        return y
-
-    def _override_(self, y: Tensor, x: Tensor) -> None:
-        """The adapters' own products in the place of the base's."""
-        group = self.group
-        for module, start, size in zip(group.modules, group.starts, group.sizes, strict=True):
-            part = y[:, start : start + size]
-            for where, own in self.step.overridden.get(module, ()):
-                part[where] = own.multiply(part[where], x[where])
-
-    def _scaled(self, x: Tensor) -> Tensor:
-        """The product where modules of the group may scale their inputs, each in its own way."""
-        step, group = self.step, self.group
-        parts = []
-        for module, start, size in zip(group.modules, group.starts, group.sizes, strict=True):
-            single = SliceGroup.single(module, size)
-            scaled = step.kernels.scale_inputs(x, single, step.pool, step.table, step.plan)
-            parts.append(self.product(scaled)[:, start : start + size])
-        return torch.cat(parts, dim=1)
-
-
-class PackedProduct:
-    """x [rows, in] → x W^T + b, by our own kernel where it can pack the weight [out, in], else
-    torch's."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, arena: cpu.HugeArena) -> None:
-        self.bias = bias
-        self.in_size = weight.shape[1]
-        self.packed = cpu.PackedWeight(weight, arena) if cpu.packs(weight) else None
-        self._plain = None if self.packed else weight.detach()
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if self._plain is None:
-            assert self.packed is not None
-            return cpu.linear(x, self.packed, self.bias)
-        return F.linear(x, self._plain, self.bias)
-
-    def weight(self, start: int, size: int) -> Tensor:
-        """Rows of the weight: [size, in], a copy or a view."""
-        if self._plain is None:
-            assert self.packed is not None
-            return self.packed.unpack(start, size)
-        return self._plain.narrow(0, start, size)
-
-
-class FusedHead(AdaptedHead):
-    """The head with a packed weight."""
-
-    def __init__(self, head: AdaptedHead, arena: cpu.HugeArena) -> None:
-        nn.Module.__init__(self)
-        self.weight, self.bias = head.weight, head.bias
-        self.group, self.step = head.group, head.step
-        self._product = PackedProduct(head.weight, head.bias, arena)
-
-    def product(self, x: Tensor) -> Tensor:
-        return torch.unflatten(self._product(x.flatten(0, -2)), 0, x.shape[:-1])
-
-
 class HalfRotary(nn.Module):
-    """The model's rotary embedding in float32, without the half that repeats the other."""
+    """The model's rotary embedding in float32, without the half that repeats the other.
+
+    step: what it gave last, by kind of layer where the model has several kinds.
+    """
 
     def __init__(self, rotary: nn.Module) -> None:
         super().__init__()
         self.rotary = rotary
+        self.step: dict[str | None, tuple[Tensor, Tensor]] = {}
 
-    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, position_ids: Tensor, layer_type: str | None = None
+    ) -> tuple[Tensor, Tensor]:
         """cos, sin: float32 [rows, half]."""
         like = torch.empty(0, dtype=torch.float32, device=x.device)
-        cos, sin = self.rotary(like, position_ids)
+        kind = () if layer_type is None else (layer_type,)
+        cos, sin = self.rotary(like, position_ids, *kind)
         half = cos.shape[-1] // 2
-        return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
+        self.step[layer_type] = cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
+        return self.step[layer_type]
 
 
 @dataclass(slots=True, frozen=True, eq=False)
@@ -234,6 +139,21 @@ class FusedNorm:
                     normed[where] = rms_norm(h[where], own.weight, self.eps, offset=self.offset)[0]
         return normed, h
 
+    def heads(self, x: Tensor) -> Tensor:
+        """Each head's norm by itself: [rows, heads * n]."""
+        y = self._heads(x, self.weight)
+        if self.step.overridden:
+            for where, own in self.step.overridden.get(self.module, ()):
+                if own.weight is not None:
+                    y[where] = self._heads(x[where], own.weight)
+        return y
+
+    def _heads(self, x: Tensor, weight: Tensor) -> Tensor:
+        heads = x.reshape(-1, len(weight))
+        return self.step.kernels.rms_norm(heads, weight, self.eps, offset=self.offset)[0].view(
+            x.shape
+        )
+
 
 class FusedLayer(nn.Module):
     """One decoder layer over a flat batch."""
@@ -253,13 +173,27 @@ class FusedLayer(nn.Module):
         self.gated = gated
         self.projections = tuple(Projection(group, step, arena) for group in _groups(base))
         self.qkv, self.o, self.gate_up, self.down = self.projections
+        self.rotary_kind: str | None = getattr(base.self_attn, "layer_type", None)
         offset = 1.0 if type(base) in GEMMA else 0.0
+
+        def fused(norm: Any) -> FusedNorm:
+            module = norm.module_id if isinstance(norm, AdaptedNorm) else -1
+            return FusedNorm(norm.weight, module, eps, offset, step)
+
         norms: dict[str, FusedNorm] = {}
         for name, norm in base.named_children():
             if name.endswith("layernorm"):
                 self.add_module(name, norm)
-                module = norm.module_id if isinstance(norm, AdaptedNorm) else -1
-                norms[name] = FusedNorm(norm.weight, module, eps, offset, step)
+                norms[name] = fused(norm)
+        self.self_attn = nn.Module()
+        self.q_norm: FusedNorm | None = None
+        self.k_norm: FusedNorm | None = None
+        if hasattr(base.self_attn, "q_norm"):
+            self.self_attn.q_norm, self.self_attn.k_norm = (
+                base.self_attn.q_norm,
+                base.self_attn.k_norm,
+            )
+            self.q_norm, self.k_norm = fused(base.self_attn.q_norm), fused(base.self_attn.k_norm)
         self.before_attention = norms["input_layernorm"]
         self.after_attention: FusedNorm | None = None
         self.before_mlp = norms["post_attention_layernorm"]
@@ -268,7 +202,10 @@ class FusedLayer(nn.Module):
             self.after_attention = norms["post_attention_layernorm"]
             self.before_mlp = norms["pre_feedforward_layernorm"]
             self.after_mlp = norms["post_feedforward_layernorm"]
-        self.norms = (self.before_attention, self.after_attention, self.before_mlp, self.after_mlp)
+        self.norms = (
+            *(self.before_attention, self.after_attention, self.before_mlp, self.after_mlp),
+            *(self.q_norm, self.k_norm),
+        )
         self.stack: DecoderStack | None = None
 
     def forward(
@@ -281,7 +218,7 @@ class FusedLayer(nn.Module):
         x = hidden_states[0]
         if (stack := self.stack) is not None:
             if self is stack.layers[0] and stack.begin():
-                stack.run_(x, position_embeddings)
+                stack.run_(x)
             if stack.active:
                 return hidden_states
         normed = self.before_attention(x)[0]
@@ -299,6 +236,10 @@ class FusedLayer(nn.Module):
         layer, step = self.attention, self.step
         call, kernels = layer.call, step.kernels
         cos, sin = rotary
+        if self.q_norm is not None and self.k_norm is not None:
+            kv_size = call.kv_heads * call.head_dim
+            q, k, v = torch.split(qkv, [qkv.shape[1] - 2 * kv_size, kv_size, kv_size], dim=1)
+            qkv = torch.cat([self.q_norm.heads(q), self.k_norm.heads(k), v], dim=1)
         q = kernels.rotary_write_kv(qkv, cos, sin, layer.k_cache, layer.v_cache, step.attention)
         mixed = kernels.paged_attention(
             q,

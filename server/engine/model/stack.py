@@ -14,14 +14,17 @@ from manylora.kernels.cpu import attention
 from manylora.server.engine.model.step import StepState
 
 if TYPE_CHECKING:
-    from manylora.server.engine.model.fuse import FusedLayer
+    from manylora.server.engine.model.fuse import FusedLayer, HalfRotary
 
 
 class DecoderStack:
     """Runs the layers' C++ twin. Each layer by itself remains for steps that it cannot run."""
 
-    def __init__(self, layers: Sequence[FusedLayer], activation: int, step: StepState) -> None:
+    def __init__(
+        self, layers: Sequence[FusedLayer], rotary: HalfRotary, activation: int, step: StepState
+    ) -> None:
         self.layers = layers
+        self.rotary = rotary
         self.activation = activation
         self.step = step
         self.active = False
@@ -36,21 +39,24 @@ class DecoderStack:
         self.active = not step.overridden and not scaled
         return self.active
 
-    def run_(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> None:
-        """x: [rows, hidden], in place."""
+    def run_(self, x: Tensor) -> None:
+        """x: [rows, hidden], in place. The model has called its rotary embedding before."""
         step, cache = self.step, self.layers[0].attention.k_cache
         if self._built is None or self._cache is not cache:
             self._built, self._cache = self._build(), cache
-        cos, sin = rotary
+        cos, sin = (torch.stack(tables) for tables in zip(*self.rotary.step.values(), strict=True))
         self._built.run_(x, cos, sin, step.pool, step.table, step.plan, step.attention)
 
     def _build(self) -> cpu.DecoderLayers:
         first = self.layers[0].before_attention
-        layers = [_layer(layer) for layer in self.layers]
+        kinds = list(self.rotary.step)
+        layers = [_layer(layer, kinds) for layer in self.layers]
         return cpu.DecoderLayers(layers, self.activation, first.eps, first.offset)
 
 
-def make_stack(layers: Sequence[FusedLayer], step: StepState) -> DecoderStack | None:
+def make_stack(
+    layers: Sequence[FusedLayer], rotary: HalfRotary, step: StepState
+) -> DecoderStack | None:
     """None where a layer's weights are not packed, or other kernels are wanted."""
     products = [p.product.packed for layer in layers for p in layer.projections]
     norms = [norm for layer in layers for norm in layer.norms if norm is not None]
@@ -59,10 +65,10 @@ def make_stack(layers: Sequence[FusedLayer], step: StepState) -> DecoderStack | 
         return None
     gated = layers[0].gated
     approximate = gated.keywords["approximate"] if isinstance(gated, partial) else "silu"
-    return DecoderStack(layers, {"silu": 0, "tanh": 1, "none": 2}[approximate], step)
+    return DecoderStack(layers, rotary, {"silu": 0, "tanh": 1, "none": 2}[approximate], step)
 
 
-def _layer(layer: FusedLayer) -> cpu.DecoderLayer:
+def _layer(layer: FusedLayer, rotary_kinds: Sequence[str | None]) -> cpu.DecoderLayer:
     call, k_cache, v_cache = layer.attention.call, layer.attention.k_cache, layer.attention.v_cache
     projections = []
     for projection in layer.projections:
@@ -86,4 +92,5 @@ def _layer(layer: FusedLayer) -> cpu.DecoderLayer:
             0 if call.slopes is None else call.slopes.data_ptr(),
             0 if call.sinks is None else call.sinks.data_ptr(),
         ),
+        rotary_kinds.index(layer.rotary_kind) if len(rotary_kinds) > 1 else 0,
     )

@@ -327,10 +327,11 @@ def multitask_ids(model: Any) -> Mapping[str, torch.Tensor]:
 @torch.no_grad()
 def _shake(model: nn.Module, seed: int) -> None:
     """Moves every trained tensor by a fair part of its size, and no less than of a size that
-    matters."""
+    matters; a lone number acts on whole modules, so that a little matters."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
-        size = max(float(parameter.abs().mean()), 0.3 * parameter.shape[-1] ** -0.5)
+        width = parameter.shape[-1] if parameter.numel() > 1 else 32
+        size = max(float(parameter.abs().mean()), 0.3 * width**-0.5)
         parameter.add_(0.5 * size * torch.randn(parameter.shape, generator=generator))

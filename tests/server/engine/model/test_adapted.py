@@ -54,7 +54,7 @@ def inputs(slots: list[int], sample_rows: list[int]) -> StepInputs:
 def test_tree_keeps_its_names_and_its_tensors(tmp_path: Path) -> None:
     base = tiny_model("qwen3", tmp_path)
     plain = AutoModelForCausalLM.from_pretrained(base)
-    model = load(base)
+    model = load_model(base, "float32", CPU, reference, fused=False)
     assert list(model.model.state_dict()) == list(plain.state_dict())
     # tied: adapting the head leaves it the embedding's own tensor
     embedding = model.model.get_input_embeddings()

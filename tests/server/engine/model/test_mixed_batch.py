@@ -23,7 +23,10 @@ from manylora.server.engine.model import AdaptedModel, load_model
 TOLERANCE = 1e-4
 REFUSED = {"gptj"}
 ON_CPU_KERNELS = ("llama", "gemma2", "bloom", "gpt2", "phi3", "gpt_oss")
-FUSED = ("llama", "mistral", "qwen2", "phi3", "phi3-longrope", "gemma", "gemma2")
+FUSED = (
+    *("llama", "mistral", "qwen2", "qwen3", "phi3", "phi3-longrope"),
+    *("gemma", "gemma2", "gemma3"),
+)
 CASES = [("reference", arch, False) for arch in ARCHITECTURES if arch not in REFUSED]
 CASES += [("cpu", arch, False) for arch in ON_CPU_KERNELS]
 CASES += [(backend, arch, True) for arch in FUSED for backend in ("reference", "cpu")]
