@@ -28,6 +28,7 @@ from manylora.adapters_store.lowering import (
     prompts,
     tinylora,
     trained_tokens,
+    unilora,
     vblora,
     vera,
 )
@@ -74,6 +75,7 @@ FAMILIES: Mapping[str, Family] = {
     "P_TUNING": prompts.P_TUNING,
     "TINYLORA": tinylora.FAMILY,
     "TRAINABLE_TOKENS": trained_tokens.FAMILY,
+    "UNILORA": unilora.FAMILY,
     "VBLORA": vblora.FAMILY,
     "VERA": vera.FAMILY,
 }

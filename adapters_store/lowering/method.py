@@ -32,6 +32,9 @@ Shape: TypeAlias = tuple[int | None, ...]
 """A tensor's shape as wanted; None stands for any size."""
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 
+ANY_LINEAR = (ModuleKind.LINEAR, ModuleKind.CONV1D, ModuleKind.QUANTISED)
+"""For methods that leave the base's weight alone, also where peft computes with it quantised."""
+
 _ANY_RANK = 1 << 30  # the limit was checked when the adapter was published
 
 
@@ -70,9 +73,10 @@ class Family:
     def check(self, checkpoint: Checkpoint, limits: Limits) -> int:
         """Checks all that can be checked without a base; returns the largest rank."""
         method, _, parts = self._read(checkpoint, limits.max_rank)
+        tensors_of = parts.modules or {"any module": {}}
         ranks = {
             module: method.rank(module, _shapes(checkpoint, tensors))
-            for module, tensors in parts.modules.items()
+            for module, tensors in tensors_of.items()
         }
         module = max(ranks, key=ranks.__getitem__)
         if ranks[module] > limits.max_rank:
@@ -92,6 +96,8 @@ class Family:
     ) -> LoweredAdapter:
         """One edit for each targeted module, and for each that was saved whole."""
         method, saved, parts = self._read(checkpoint, _ANY_RANK)
+        if not self.names.parts:
+            parts = replace(parts, modules=_targeted(method, saved, modules))
         for module, tensors in parts.modules.items():
             self._check_fit(checkpoint, method, modules, module, tensors)
         _check_complete(method, saved, parts, modules)
@@ -132,7 +138,7 @@ class Family:
         tensors: Mapping[str, str],
     ) -> None:
         shape = modules.get(module)
-        field = f"{WEIGHTS_FILE}: {next(iter(tensors.values()))}"
+        field = f"{WEIGHTS_FILE}: {next(iter(tensors.values()), module)}"
         if shape is None or not method.targets.match(module, shape.kind):
             raise FailedPrecondition(
                 "the base has no such module to adapt",
@@ -150,6 +156,24 @@ class Family:
         _check_parts(checkpoint, method, module, tensors, Sizes(shape.in_size, shape.out_size))
 
 
+def _targeted(
+    method: Method, saved: SavedModules, modules: Mapping[str, ModuleShape]
+) -> Mapping[str, Mapping[str, str]]:
+    """Of a method whose modules have no tensors of their own: each of the config's, with none."""
+    found: dict[str, Mapping[str, str]] = {
+        module: {}
+        for module, shape in modules.items()
+        if method.targets.match(module, shape.kind) and not saved.excludes(module)
+    }
+    if not found:
+        raise FailedPrecondition(
+            "the base has no module that the config targets",
+            field=f"{CONFIG_FILE}: target_modules",
+            wanted=f"modules of the base, as {next(iter(modules), 'none')}",
+        )
+    return found
+
+
 def _shapes(checkpoint: Checkpoint, tensors: Mapping[str, str]) -> Shapes:
     return {part: checkpoint.tensors[tensor].shape for part, tensor in tensors.items()}
 
@@ -163,7 +187,7 @@ def _check_parts(
 ) -> None:
     """The module has the parts that the config calls for, no others, in the right shapes."""
     wanted = method.shapes(module, sizes, _shapes(checkpoint, tensors))
-    some = next(iter(tensors.values()))
+    some = next(iter(tensors.values()), module)
     for part, tensor in tensors.items():
         if part not in wanted:
             raise InvalidArgument(

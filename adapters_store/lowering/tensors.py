@@ -27,7 +27,8 @@ _METHOD_TENSOR = re.compile(
 class Names:
     """What one method calls its tensors.
 
-    parts: of a module, as "lora_A.weight"; the adapter's name may stand after the first word.
+    parts: of a module, as "lora_A.weight"; the adapter's name may stand after the first word. None
+    where all tensors are shared.
     shared: of the whole adapter. numbered: lists of such, "v" for v.0, v.1 …
     """
 
@@ -89,7 +90,7 @@ def read_parts(checkpoint: Checkpoint, names: Names) -> FileParts:
             copies[parameter] = Copy(tensor, inside)
             continue
         adapters.add(adapter)
-    if not modules or len(adapters) != 1:
+    if (names.parts and not modules) or len(adapters) != 1:
         raise InvalidArgument(
             "the file must hold the tensors of one adapter",
             field=WEIGHTS_FILE,
@@ -126,7 +127,7 @@ def _copied_parameter(tensor: str, name: str, names: Names) -> tuple[str, bool]:
         raise FailedPrecondition(
             "tensors of this kind are not served",
             field=f"{WEIGHTS_FILE}: {tensor}",
-            wanted=f"{' and '.join(names.parts)} of Linear or Conv1D modules",
+            wanted=f"{' and '.join(names.parts or names.shared)} of Linear or Conv1D modules",
         )
     module = match["module"]
     inside = module.endswith(_BASE_LAYER)

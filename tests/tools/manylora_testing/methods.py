@@ -193,6 +193,13 @@ METHODS: dict[str, Recipe] = {
         peft.TinyLoraConfig,
         {"r": 3, "u": 4, "save_projection": False, "bias": "tinylora_only", "projection_seed": 7},
     ),
+    "unilora": Recipe(
+        peft.UniLoraConfig, {"r": 4, "theta_d_length": 150, "init_theta_d_bound": 0.9}
+    ),
+    "unilora-bias": Recipe(
+        peft.UniLoraConfig,
+        {"r": 3, "theta_d_length": 1000, "bias": "unilora_only", "init_theta_d_bound": 0.9},
+    ),
     "glora": Recipe(peft.GloraConfig, {"r": 3, "config_A_B": "vector"}, conv1d=False),
     "glora-constant": Recipe(
         peft.GloraConfig,
