@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from manylora.kernels.attention import AttentionBatch, make_batch
-from manylora.kernels.backend import Backend, empty, select
+from manylora.kernels.backend import Backend, empty, select, side_by_side
 from manylora.kernels.plan import Plan, make_plan
 from manylora.kernels.stack import RankStack, make_stack, stack_factors
 from manylora.kernels.table import EditTable, SliceGroup
@@ -24,5 +24,6 @@ __all__ = [
     "make_plan",
     "make_stack",
     "select",
+    "side_by_side",
     "stack_factors",
 ]

@@ -155,6 +155,20 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> tor
     return torch.empty(*shape, dtype=dtype, device=device)
 
 
+def side_by_side(
+    shapes: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device
+) -> list[torch.Tensor]:
+    """Tensors as `empty` gives them, in one piece of memory: a few huge pages hold many of them.
+    Each begins on a cache line."""
+    line = 64 // dtype.itemsize
+    numels = [torch.Size(shape).numel() for shape in shapes]
+    rooms = [-(-numel // line) * line for numel in numels]
+    parts = torch.split(empty([sum(rooms)], dtype, device), rooms)
+    return [
+        part[:numel].view(*shape) for part, numel, shape in zip(parts, numels, shapes, strict=True)
+    ]
+
+
 def _named(name: str) -> Backend:
     if name not in BACKENDS:
         raise ValueError(f"kernels: found {name!r}; wanted one of {', '.join(BACKENDS)}")

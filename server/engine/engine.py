@@ -396,16 +396,9 @@ class Engine:
                 found=self._settings.kv_cache_bytes,
                 wanted=f"at least {block_bytes}",
             )
-        shapes = [(total, heads, size, dim) for heads, dim in layout]
-        model.attach_cache(
-            [
-                (
-                    kernels.empty(shape, dtype, self.device),
-                    kernels.empty(shape, dtype, self.device),
-                )
-                for shape in shapes
-            ]
-        )
+        shapes = [(total, heads, size, dim) for heads, dim in layout for _ in "kv"]
+        tensors = kernels.side_by_side(shapes, dtype, self.device)
+        model.attach_cache(list(zip(tensors[::2], tensors[1::2], strict=True)))
         return total
 
     def _snapshot(self) -> EngineStats:

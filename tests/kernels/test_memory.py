@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from manylora import kernels
 from manylora.kernels import cpu
 
 
@@ -28,3 +29,14 @@ def test_memory_is_of_the_kind_that_gets_huge_pages() -> None:
             assert permissions == "rw-p"
             return
     raise AssertionError("the tensor is nowhere")
+
+
+def test_side_by_side() -> None:
+    shapes = [(3, 5), (0,), (7,), (2, 1, 4)]
+    tensors = kernels.side_by_side(shapes, torch.bfloat16, torch.device("cpu"))
+    assert [tuple(tensor.shape) for tensor in tensors] == shapes
+    for i, tensor in enumerate(tensors):
+        tensor.fill_(i)
+        assert tensor.is_contiguous()
+        assert tensor.data_ptr() % 64 == 0 or not tensor.numel()
+    assert all((tensor == i).all() for i, tensor in enumerate(tensors))

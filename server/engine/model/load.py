@@ -80,6 +80,9 @@ def _adapt(model: PreTrainedModel, kernels: Backend, fused: bool) -> AdaptedMode
     layers = attach(seen.attention, step)
     model.config._attn_implementation = ATTENTION
     keep_hidden(model, step)
+    packed = fuse(model, layers, step) if fused else {}
+    if packed:
+        _let_go_of_file(model)
     adapted = AdaptedModel(
         model=model,
         step=step,
@@ -88,11 +91,18 @@ def _adapt(model: PreTrainedModel, kernels: Backend, fused: bool) -> AdaptedMode
         vocab_size=modules[head].out_size,
         max_context=max_context(model.config),
         eos_token_ids=eos_token_ids(model),
-        packed=fuse(model, layers, step) if fused else {},
+        packed=packed,
         tasks=_tasks(model, modules),
     )
     selfcheck.check_rows(adapted)
     return adapted
+
+
+def _let_go_of_file(model: PreTrainedModel) -> None:
+    """Copies what remains of the model out of its checkpoint, which is mapped into memory whole for
+    as long as any of its tensors is in use."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
 
 
 def _tasks(model: PreTrainedModel, modules: Mapping[str, ModuleShape]) -> TaskBase:
