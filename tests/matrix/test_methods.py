@@ -9,6 +9,7 @@ import pytest
 import torch
 from manylora_testing.encoder_column import (
     ENCODER,
+    encoder_errors,
     encoder_gaps,
     make_encoder_column,
     run_encoder_column,
@@ -63,3 +64,11 @@ def test_no_worse_than_pefts_own_bfloat16(arch: str, tmp_path: Path) -> None:
     ratios = {method: ours / theirs for method, (ours, theirs) in found.items()}
     assert sum(ratios.values()) / len(ratios) < 1.05, ratios
     assert max(ratios.values()) < 1.5, ratios
+
+
+@pytest.mark.filterwarnings("ignore")
+async def test_an_encoder_is_no_worse_than_pefts_own_bfloat16(tmp_path: Path) -> None:
+    column = make_encoder_column(tmp_path, torch.bfloat16)
+    asked, _ = await run_encoder_column(column, "bfloat16", prompts_each=2)
+    ours, theirs = encoder_errors(column, asked)
+    assert ours < 1.05 * theirs, (ours, theirs)

@@ -44,7 +44,8 @@ class EncoderColumn:
     adapters: Mapping[str, Path]
 
 
-def make_encoder_column(directory: Path) -> EncoderColumn:
+def make_encoder_column(directory: Path, dtype: torch.dtype = torch.float32) -> EncoderColumn:
+    """dtype: of the checkpoint's weights."""
     config = RobertaConfig(
         vocab_size=VOCAB,
         hidden_size=48,
@@ -59,17 +60,21 @@ def make_encoder_column(directory: Path) -> EncoderColumn:
     path = directory / "base"
     base = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32).eval()
     randomise(base, zlib.crc32(ENCODER.encode()))
-    base.save_pretrained(path)
+    base.to(dtype).save_pretrained(path)
+    base.float()
     tiny_tokenizer(path)
     methods = methods_of(ENCODER)
     made = {m: make_method(m, ENCODER, base, directory / m) for m in methods}
     return EncoderColumn(path, base, made)
 
 
-async def run_encoder_column(column: EncoderColumn) -> tuple[list[Asked], int]:
+async def run_encoder_column(
+    column: EncoderColumn, dtype: str = "float32", prompts_each: int = 1
+) -> tuple[list[Asked], int]:
     """All methods and rows of the base; and how many sequences the largest step had."""
     settings = EngineSettings(
         model=column.path,
+        dtype=dtype,
         kv_cache_bytes=0,
         adapter_bytes=64 << 20,
         max_adapters=len(column.adapters),
@@ -82,7 +87,7 @@ async def run_encoder_column(column: EncoderColumn) -> tuple[list[Asked], int]:
         for method in column.adapters:
             await house.load(method)
         generator = torch.Generator().manual_seed(5)
-        names = [None, *column.adapters, None]
+        names = [None, *column.adapters, None] * prompts_each
         prompts = [_prompt(generator, 9 + i % 9) for i in range(len(names))]
         stepped, held = threading.Event(), threading.Event()
 
@@ -120,6 +125,25 @@ def encoder_gaps(column: EncoderColumn, asked: list[Asked]) -> Mapping[str, tupl
         gap = float((each.logits - right).abs().max())
         found[each.adapter or "base"] = (gap, float((plain(ids).logits[0] - right).abs().max()))
     return found
+
+
+@torch.no_grad()
+def encoder_errors(column: EncoderColumn, asked: list[Asked]) -> tuple[float, float]:
+    """Over all that was asked, root mean square of the served logits' difference to peft's in
+    float32; and of peft's own in bfloat16."""
+    ours, theirs = [], []
+    half = copy.deepcopy(column.base).bfloat16()
+    for adapter in {each.adapter for each in asked}:
+        path = column.adapters.get(adapter or "")
+        exact, rounded = loaded(column.base, path), loaded(half, path)
+        for each in asked:
+            if each.adapter == adapter:
+                ids = torch.tensor([each.prompt])
+                right = exact(ids, **multitask_ids(exact)).logits[0]
+                ours.append(each.logits - right)
+                theirs.append(rounded(ids, **multitask_ids(exact)).logits[0].float() - right)
+    error, own = (float(torch.stack(gaps).square().mean().sqrt()) for gaps in (ours, theirs))
+    return error, own
 
 
 def _prompt(generator: torch.Generator, length: int) -> list[int]:
