@@ -7,13 +7,18 @@
 // made decoding beyond the cache take twice as long.
 //
 // A result is one accumulator's sum in a fixed order whatever the tile's shape, so a row's bits
-// depend neither on the rows beside it nor on the number of threads.
+// depend neither on the rows beside it nor on the number of threads. With AMX, overloads for
+// bfloat16 stand in for shrink and expand.
 
 #include <stdlib.h>
 
 #include "expand.h"
 #include "parallel.h"
 #include "shrink.h"
+#if defined(__AMX_BF16__)
+#include "expand_amx.h"
+#include "shrink_amx.h"
+#endif
 
 namespace manylora {
 namespace MANYLORA_ISA {
@@ -21,8 +26,9 @@ namespace {
 
 // Below this many multiply-adds, waking another thread costs more than it saves.
 constexpr int64_t kSerialCost = 100000;
-// Jobs are cut into pieces where there are fewer segments than this for each thread.
-constexpr int64_t kSegmentsPerWorker = 4;
+// Where there are fewer segments than this for each thread, their jobs are cut; where there are
+// fewer jobs then, these are cut into pieces.
+constexpr int64_t kSegmentsPerWorker = 4, kJobsPerWorker = 4;
 // Sizes of a piece. Ranks keep shrink's widest tile, columns are whole blocks.
 constexpr int64_t kPieceRows = 16, kPieceRanks = 8;
 constexpr int64_t kPieceColumns = 256, kPieceColumnsOneRow = 1024;
@@ -166,20 +172,54 @@ void run_pieces(const Tensors<T>& t, Job<T>* jobs, int64_t job_count, int64_t wo
   free(pieces);
 }
 
-// Few segments: their jobs are collected and cut into pieces.
+// Calls visit(first, count) for every few rows of a segment's.
+template <class Visit>
+void cut_rows(const Plan& plan, int64_t segment, int64_t step, const Visit& visit) {
+  const int64_t rows = plan.starts[segment + 1] - plan.starts[segment];
+  for (int64_t first = 0; first < rows; first += step) {
+    visit(first, first + step < rows ? step : rows - first);
+  }
+}
+
+// How many rows a job gets, so that there are enough jobs for the threads, if that is possible.
+inline int64_t rows_of_a_job(const Group& group, const Plan& plan) {
+  const int64_t wanted = kJobsPerWorker * threads();
+  for (int64_t step = kMaxSegment; step > kPieceRows; step /= 2) {
+    int64_t jobs = 0;
+    for (int64_t s = 0; s < plan.segments; ++s) {
+      cut_rows(plan, s, step, [&](int64_t, int64_t) { jobs += group.count; });
+    }
+    if (jobs >= wanted) return step;
+  }
+  return kPieceRows;
+}
+
+// Few segments: with many rows they become many jobs, otherwise their jobs are cut into pieces.
 template <class T>
 void run_few(const Tensors<T>& t, const Group& group, const Table& table, const Plan& plan) {
-  Job<T>* jobs = allocate<Job<T>>(plan.segments * group.count);
+  const int64_t step = rows_of_a_job(group, plan);
+  Job<T>* jobs = allocate<Job<T>>(plan.segments * kMaxSegment / step * group.count);
   int64_t count = 0, total = 0;
   for (int64_t s = 0; s < plan.segments; ++s) {
-    for (int64_t m = 0; m < group.count; ++m) {
-      jobs[count] = job_of(t, group, table, plan, s, m);
-      if (jobs[count].idle()) continue;
-      total += cost(t, jobs[count++]);
-    }
+    cut_rows(plan, s, step, [&](int64_t first, int64_t rows) {
+      for (int64_t m = 0; m < group.count; ++m) {
+        Job<T>& job = jobs[count] = job_of(t, group, table, plan, s, m);
+        job.rows += first;
+        job.row_count = rows;
+        if (!job.idle()) total += cost(t, jobs[count++]);
+      }
+    });
   }
   Hidden<T>* hidden = allocate_hidden(jobs, count);
-  run_pieces(t, jobs, count, total < kSerialCost ? 1 : threads());
+  const int64_t workers = total < kSerialCost ? 1 : threads();
+  if (workers > 1 && count < kJobsPerWorker * workers) {
+    run_pieces(t, jobs, count, workers);
+  } else {
+    parallel_shares(count, workers, [&](int64_t i) {
+      shrink(t, jobs[i], 0, jobs[i].row_count, 0, jobs[i].rank);
+      expand(t, jobs[i], 0, jobs[i].size);
+    });
+  }
   free(hidden);
   free(jobs);
 }

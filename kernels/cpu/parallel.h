@@ -33,6 +33,7 @@ struct Team {
   int64_t inside;  // helpers that may be using the job
   int32_t closed;
   int32_t leaders;
+  int64_t leader;  // which worker it is
 };
 extern thread_local Team* team;  // the leader's; in dispatch.cpp
 
@@ -69,18 +70,49 @@ struct Draw {
   }
 };
 
+// Like Draw, but each worker first draws the tasks of its own share, then the others': from call to
+// call a thread meets the same part of the data, which may still lie in its core's cache.
+template <class Task>
+struct Shares {
+  static constexpr int64_t kMost = 32;
+  struct alignas(64) Share {
+    int64_t next, end;
+  };
+  const Task& task;
+  const int64_t count;
+  Share shares[kMost];
+
+  Shares(const Task& its_task, int64_t tasks, int64_t workers)
+      : task(its_task), count(workers < kMost ? workers : kMost) {
+    for (int64_t i = 0; i < count; ++i) {
+      shares[i] = {tasks * i / count, tasks * (i + 1) / count};
+    }
+  }
+  static void run(int64_t worker, int64_t, void* context) {
+    Shares& all = *static_cast<Shares*>(context);
+    for (int64_t i = 0; i < all.count; ++i) {
+      Share& share = all.shares[(worker + i) % all.count];
+      for (;;) {
+        const int64_t task = __atomic_fetch_add(&share.next, 1, __ATOMIC_RELAXED);
+        if (task >= share.end) break;
+        all.task(task);
+      }
+    }
+  }
+};
+
 // The leader's part of a job: opens it, does what it can, and waits for those who are inside.
 static inline void run_job(Team& t, RangeFn job, void* context) {
   t.job = job;
   t.context = context;
   __atomic_fetch_add(&t.epoch, 1, __ATOMIC_SEQ_CST);
-  job(0, 0, context);
+  job(t.leader, 0, context);
   __atomic_fetch_add(&t.epoch, 1, __ATOMIC_SEQ_CST);
   while (__atomic_load_n(&t.inside, __ATOMIC_SEQ_CST) != 0) relax();
 }
 
 // A helper's part: joins each job that it finds open, until the team is closed.
-static inline void help(Team& t) {
+static inline void help(Team& t, int64_t worker) {
   int64_t done = 0;  // the epoch of the job last helped with
   while (!__atomic_load_n(&t.closed, __ATOMIC_ACQUIRE)) {
     const int64_t epoch = __atomic_load_n(&t.epoch, __ATOMIC_SEQ_CST);
@@ -90,7 +122,7 @@ static inline void help(Team& t) {
     }
     __atomic_fetch_add(&t.inside, 1, __ATOMIC_SEQ_CST);
     // Inside, a job that is still open stays valid until this thread leaves.
-    if (__atomic_load_n(&t.epoch, __ATOMIC_SEQ_CST) == epoch) t.job(0, 0, t.context);
+    if (__atomic_load_n(&t.epoch, __ATOMIC_SEQ_CST) == epoch) t.job(worker, 0, t.context);
     __atomic_fetch_sub(&t.inside, 1, __ATOMIC_SEQ_CST);
     done = epoch;
   }
@@ -102,11 +134,12 @@ static void as_team(const Program& program) {
   struct Region {
     const Program& program;
     Team shared;
-    static void run(int64_t, int64_t, void* context) {
+    static void run(int64_t worker, int64_t, void* context) {
       Region& region = *static_cast<Region*>(context);
       if (__atomic_fetch_add(&region.shared.leaders, 1, __ATOMIC_SEQ_CST) > 0) {
-        return help(region.shared);
+        return help(region.shared, worker);
       }
+      region.shared.leader = worker;
       team = &region.shared;
       region.program();
       team = nullptr;
@@ -118,6 +151,12 @@ static void as_team(const Program& program) {
   if (region.shared.leaders == 0) program();
 }
 
+// Runs job with the numbers of the workers, on at most so many threads.
+static inline void on_threads(RangeFn job, int64_t workers, void* context) {
+  if (team != nullptr) return run_job(*team, job, context);
+  if (pool.parallel_for(0, workers, 1, job, context) != 0) job(0, 0, context);
+}
+
 // Calls task(i) once for each i in [0, tasks), on at most `workers` threads.
 template <class Task>
 static void parallel_tasks(int64_t tasks, int64_t workers, const Task& task) {
@@ -127,8 +166,19 @@ static void parallel_tasks(int64_t tasks, int64_t workers, const Task& task) {
     return;
   }
   Draw<Task> draw{task, tasks, 0};
-  if (team != nullptr) return run_job(*team, &Draw<Task>::run, &draw);
-  if (pool.parallel_for(0, workers, 1, &Draw<Task>::run, &draw) != 0) Draw<Task>::run(0, 0, &draw);
+  on_threads(&Draw<Task>::run, workers, &draw);
+}
+
+// The same for tasks that wait for no others, each thread its own share first.
+template <class Task>
+static void parallel_shares(int64_t tasks, int64_t workers, const Task& task) {
+  if (workers > tasks) workers = tasks;
+  if (workers <= 1) {
+    for (int64_t i = 0; i < tasks; ++i) task(i);
+    return;
+  }
+  Shares<Task> shares(task, tasks, workers);
+  on_threads(&Shares<Task>::run, workers, &shares);
 }
 
 }  // namespace MANYLORA_ISA

@@ -12,6 +12,9 @@
 #include "parallel.h"
 #include "product.h"
 #include "simd.h"
+#if defined(__AMX_BF16__)
+#include "amx.h"
+#endif
 
 namespace manylora {
 namespace MANYLORA_ISA {

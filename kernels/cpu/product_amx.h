@@ -3,18 +3,16 @@
 
 // Rows of the two halves of a row block; B and whole halves have 16.
 MANYLORA_INLINE void configure(int64_t first, int64_t second) {
-  struct alignas(64) {
-    uint8_t palette = 1, start = 0, unused[14] = {};
-    uint16_t bytes[16] = {};
-    uint8_t rows[16] = {};
-  } config;
-  const uint8_t upper = static_cast<uint8_t>(first), lower = static_cast<uint8_t>(second ? second : 16);
-  const uint8_t rows[8] = {upper, upper, lower, lower, upper, lower, 16, 16};
-  for (int i = 0; i < 8; ++i) {
-    config.bytes[i] = 64;
-    config.rows[i] = rows[i];
+  const int64_t lower = second ? second : kTileLines;
+  TileShapes shapes;
+  for (int i = 0; i < 2; ++i) {
+    shapes.set(i, first, kTileBytes);
+    shapes.set(2 + i, lower, kTileBytes);
+    shapes.set(6 + i, kTileLines, kTileBytes);
   }
-  _tile_loadconfig(&config);
+  shapes.set(4, first, kTileBytes);
+  shapes.set(5, lower, kTileBytes);
+  shapes.use();
 }
 
 MANYLORA_INLINE void prefetch_tile(const bf16* tile) {

@@ -1,0 +1,322 @@
+// y = out_scale * y + scale * B h + bias for the rows of a bfloat16 job on AMX tiles, in place of
+// expand.h.
+//
+// Up to 16 rows of h are tile a, and 16 columns of packed B tile b, both as they lie in memory. With
+// up to 32 ranks h stays in its tile while 96 columns at a time pass by: six products hide what one
+// takes. While their sums are added into y, the next ones are made. More ranks go through 64 columns
+// at a time in steps of 32, and the last step's tiles have a shape of their own.
+
+#pragma once
+
+#include "amx.h"
+#include "expand.h"
+
+namespace manylora {
+namespace MANYLORA_ISA {
+namespace {
+
+constexpr int kMostVecs = 6;  // of 16 columns, that are multiplied at once
+
+// B h of up to 16 rows by up to 96 columns; rows before `row` were there before.
+struct Sums {
+  int64_t first_row, row, row_end, column;
+  alignas(64) float of[kMostVecs][kTileLines][kTileLines];
+};
+
+// The job's rows from `row` on that a tile of `lines` has; the last tile goes back for all its lines.
+MANYLORA_INLINE void place(const Job<bf16>& job, int64_t row, int64_t lines, int64_t column,
+                           Sums& sums) {
+  sums.row = row;
+  sums.row_end = least(row + lines, job.row_count);
+  sums.first_row = sums.row_end - lines;
+  sums.column = column;
+}
+
+// Sums in 0 to 5, h in 6, B in 7.
+TileShapes few_ranks(const Job<bf16>& job, int64_t lines) {
+  TileShapes shapes;
+  for (int i = 0; i < kMostVecs; ++i) shapes.set(i, lines, kTileBytes);
+  shapes.set(6, lines, job.padded_rank * 2);
+  shapes.set(7, job.padded_rank / 2, kTileBytes);
+  return shapes;
+}
+// Sums in 0 to 3; of 32 ranks h in 4 and B in 6, of the last few in 5 and 7.
+TileShapes many_ranks(const Job<bf16>& job, int64_t lines) {
+  const int64_t rest = job.padded_rank % kTileDepth, tail = rest ? rest : kTileDepth;
+  TileShapes shapes;
+  for (int i = 0; i < 5; ++i) shapes.set(i, lines, kTileBytes);
+  shapes.set(5, lines, tail * 2);
+  shapes.set(6, kTileLines, kTileBytes);
+  shapes.set(7, tail / 2, kTileBytes);
+  return shapes;
+}
+
+template <int Vecs>
+MANYLORA_INLINE void zero_tiles() {
+  _tile_zero(0);
+  if constexpr (Vecs > 1) _tile_zero(1);
+  if constexpr (Vecs > 2) _tile_zero(2);
+  if constexpr (Vecs > 3) _tile_zero(3);
+  if constexpr (Vecs > 4) _tile_zero(4);
+  if constexpr (Vecs > 5) _tile_zero(5);
+}
+template <int Vecs>
+MANYLORA_INLINE void store_tiles(Sums& sums) {
+  _tile_stored(0, sums.of[0], kTileBytes);
+  if constexpr (Vecs > 1) _tile_stored(1, sums.of[1], kTileBytes);
+  if constexpr (Vecs > 2) _tile_stored(2, sums.of[2], kTileBytes);
+  if constexpr (Vecs > 3) _tile_stored(3, sums.of[3], kTileBytes);
+  if constexpr (Vecs > 4) _tile_stored(4, sums.of[4], kTileBytes);
+  if constexpr (Vecs > 5) _tile_stored(5, sums.of[5], kTileBytes);
+}
+
+// Where 16 columns of packed B begin, within whole blocks.
+MANYLORA_INLINE const bf16* columns_of(const Job<bf16>& job, int64_t column) {
+  return job.b + column / kBlock * kBlock * job.padded_rank + column % kBlock * 2;
+}
+
+// c 0 to Vecs - 1 = h in 6 by B, whose rows are a block's.
+template <int Vecs>
+MANYLORA_INLINE void multiply_few(const Job<bf16>& job, Sums& sums) {
+  constexpr int64_t kStride = kBlock * 4;
+  zero_tiles<Vecs>();
+  _tile_loadd(7, columns_of(job, sums.column), kStride);
+  _tile_dpbf16ps(0, 6, 7);
+  if constexpr (Vecs > 1) {
+    _tile_loadd(7, columns_of(job, sums.column + 16), kStride);
+    _tile_dpbf16ps(1, 6, 7);
+  }
+  if constexpr (Vecs > 2) {
+    _tile_loadd(7, columns_of(job, sums.column + 32), kStride);
+    _tile_dpbf16ps(2, 6, 7);
+  }
+  if constexpr (Vecs > 3) {
+    _tile_loadd(7, columns_of(job, sums.column + 48), kStride);
+    _tile_dpbf16ps(3, 6, 7);
+  }
+  if constexpr (Vecs > 4) {
+    _tile_loadd(7, columns_of(job, sums.column + 64), kStride);
+    _tile_dpbf16ps(4, 6, 7);
+  }
+  if constexpr (Vecs > 5) {
+    _tile_loadd(7, columns_of(job, sums.column + 80), kStride);
+    _tile_dpbf16ps(5, 6, 7);
+  }
+  store_tiles<Vecs>(sums);
+}
+
+// c 0 to Vecs - 1 += 32 ranks, h in 4 and B in 6; or the last few, in 5 and 7.
+template <int Vecs>
+MANYLORA_INLINE void multiply_h(const bf16* h, int64_t h_stride, const bf16* b, int64_t b_stride) {
+  _tile_loadd(4, h, h_stride);
+  _tile_loadd(6, b, b_stride);
+  _tile_dpbf16ps(0, 4, 6);
+  if constexpr (Vecs > 1) {
+    _tile_loadd(6, b + kTileDepth, b_stride);
+    _tile_dpbf16ps(1, 4, 6);
+  }
+  if constexpr (Vecs > 2) {
+    _tile_loadd(6, b + 2 * kTileDepth, b_stride);
+    _tile_dpbf16ps(2, 4, 6);
+  }
+  if constexpr (Vecs > 3) {
+    _tile_loadd(6, b + 3 * kTileDepth, b_stride);
+    _tile_dpbf16ps(3, 4, 6);
+  }
+}
+template <int Vecs>
+MANYLORA_INLINE void multiply_last_h(const bf16* h, int64_t h_stride, const bf16* b,
+                                     int64_t b_stride) {
+  _tile_loadd(5, h, h_stride);
+  _tile_loadd(7, b, b_stride);
+  _tile_dpbf16ps(0, 5, 7);
+  if constexpr (Vecs > 1) {
+    _tile_loadd(7, b + kTileDepth, b_stride);
+    _tile_dpbf16ps(1, 5, 7);
+  }
+  if constexpr (Vecs > 2) {
+    _tile_loadd(7, b + 2 * kTileDepth, b_stride);
+    _tile_dpbf16ps(2, 5, 7);
+  }
+  if constexpr (Vecs > 3) {
+    _tile_loadd(7, b + 3 * kTileDepth, b_stride);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+}
+
+// c 0 to Vecs - 1 = the rows of h by one block of packed B.
+template <int Vecs>
+MANYLORA_INLINE void multiply_many(const Job<bf16>& job, Sums& sums) {
+  constexpr int64_t kWidth = Vecs * kLanes;
+  const int64_t h_stride = job.padded_rank * 2, b_stride = kWidth * 4;
+  const bf16* const h = job.h + sums.first_row * job.padded_rank;
+  const bf16* const b = job.b + sums.column * job.padded_rank;
+  zero_tiles<Vecs>();
+  int64_t j = 0;
+  for (; j + kTileDepth <= job.padded_rank; j += kTileDepth) {
+    multiply_h<Vecs>(h + j, h_stride, b + j * kWidth, b_stride);
+  }
+  if (j < job.padded_rank) multiply_last_h<Vecs>(h + j, h_stride, b + j * kWidth, b_stride);
+  store_tiles<Vecs>(sums);
+}
+
+// Adds sums into y. Plain: whole vectors, no out_scale, no bias.
+template <int Vecs, bool Plain>
+MANYLORA_INLINE void add_sums(const Tensors<bf16>& t, const Job<bf16>& job, const Sums& sums) {
+  for (int64_t row = sums.row; row < sums.row_end; ++row) {
+    bf16* const y = t.y + job.rows[row] * t.y_stride + job.start + sums.column;
+    for (int v = 0; v < Vecs; ++v) {
+      const int64_t column = sums.column + v * kLanes, left = job.size - column;
+      const Vec sum = load(sums.of[v][row - sums.first_row]);
+      if (Plain) {
+        store(y + v * kLanes, fma(splat(job.scale), sum, load(y + v * kLanes)));
+      } else if (left >= kLanes) {
+        finish(y + v * kLanes, job, column, sum);
+      } else if (left > 0) {
+        finish(y + v * kLanes, job, column, sum, left);
+      }
+    }
+  }
+}
+
+// Whole blocks of columns, up to 32 ranks.
+template <bool Plain>
+void expand_few(const Tensors<bf16>& t, const Job<bf16>& job, int64_t lines, int64_t begin,
+                int64_t end) {
+  constexpr int64_t kStep = kMostVecs * kLanes;
+  Sums both[2];
+  for (int64_t row = 0; row < job.row_count; row += lines) {
+    int64_t column = begin, done = 0;
+    place(job, row, lines, column, both[0]);
+    _tile_loadd(6, job.h + both[0].first_row * job.padded_rank, job.padded_rank * 2);
+    for (; column + kStep <= end; column += kStep, ++done) {
+      Sums& sums = both[done % 2];
+      place(job, row, lines, column, sums);
+      multiply_few<kMostVecs>(job, sums);
+      if (done > 0) add_sums<kMostVecs, Plain>(t, job, both[1 - done % 2]);
+    }
+    if (done > 0) add_sums<kMostVecs, Plain>(t, job, both[1 - done % 2]);
+    for (; column < end; column += 2 * kLanes) {
+      place(job, row, lines, column, both[0]);
+      multiply_few<2>(job, both[0]);
+      add_sums<2, Plain>(t, job, both[0]);
+    }
+  }
+}
+
+// Blocks of Vecs * 16 columns, any number of ranks.
+template <int Vecs, bool Plain>
+void expand_many(const Tensors<bf16>& t, const Job<bf16>& job, int64_t lines, int64_t begin,
+                 int64_t end) {
+  Sums both[2];
+  for (int64_t row = 0; row < job.row_count; row += lines) {
+    int64_t done = 0;
+    for (int64_t column = begin; column < end; column += Vecs * kLanes, ++done) {
+      Sums& sums = both[done % 2];
+      place(job, row, lines, column, sums);
+      multiply_many<Vecs>(job, sums);
+      if (done > 0) add_sums<Vecs, Plain>(t, job, both[1 - done % 2]);
+    }
+    if (done > 0) add_sums<Vecs, Plain>(t, job, both[1 - done % 2]);
+  }
+}
+
+// A pair of bfloat16 in each lane, apart.
+MANYLORA_INLINE Vec even_of(__m512i pairs) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16))};
+}
+MANYLORA_INLINE Vec odd_of(__m512i pairs) {
+  return {_mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(-0x10000)))};
+}
+
+// The only row of a job, by Vecs * 16 columns of one block of B, with AMX's sums but by vectors.
+template <int Vecs, bool Plain>
+MANYLORA_INLINE void expand_row(const Tensors<bf16>& t, const Job<bf16>& job, int64_t column) {
+  const bf16* b = job.b + column * job.padded_rank;
+  Vec total[Vecs];
+  for (Vec& v : total) v = zero();
+  for (int64_t first = 0; first < job.padded_rank; first += kTileDepth) {
+    Vec even[Vecs], odd[Vecs];
+    for (int v = 0; v < Vecs; ++v) even[v] = odd[v] = zero();
+    const int64_t end = least(first + kTileDepth, job.padded_rank);
+    for (int64_t j = first; j < end; j += 2, b += Vecs * kTileDepth) {
+      const Vec h_even = splat(to_float(job.h[j])), h_odd = splat(to_float(job.h[j + 1]));
+      for (int v = 0; v < Vecs; ++v) {
+        fetch_ahead(b + v * kTileDepth);
+        const __m512i pairs = _mm512_loadu_si512(b + v * kTileDepth);
+        even[v] = fma(h_even, even_of(pairs), even[v]);
+        odd[v] = fma(h_odd, odd_of(pairs), odd[v]);
+      }
+    }
+    for (int v = 0; v < Vecs; ++v) total[v] = add(total[v], add(even[v], odd[v]));
+  }
+  bf16* const y = t.y + job.rows[0] * t.y_stride + job.start + column;
+  for (int v = 0; v < Vecs; ++v) {
+    const int64_t left = job.size - column - v * kLanes;
+    if (Plain) {
+      store(y + v * kLanes, fma(splat(job.scale), total[v], load(y + v * kLanes)));
+    } else if (left >= kLanes) {
+      finish(y + v * kLanes, job, column + v * kLanes, total[v]);
+    } else if (left > 0) {
+      finish(y + v * kLanes, job, column + v * kLanes, total[v], left);
+    }
+  }
+}
+
+// Storing a tile takes as long for one row as for 16, so one row takes vectors. Tiles take numbers
+// below 2^-126 for zero.
+template <bool Plain>
+void expand_one(const Tensors<bf16>& t, const Job<bf16>& job, int64_t column, int64_t end) {
+  const unsigned mode = _mm_getcsr();
+  _mm_setcsr(mode | _MM_FLUSH_ZERO_ON | _MM_DENORMALS_ZERO_ON);
+  for (; column + kBlock <= end; column += kBlock) expand_row<4, Plain>(t, job, column);
+  const int64_t vecs = (end - column + kUnit - 1) / kUnit;
+  if (vecs == 1) expand_row<1, false>(t, job, column);
+  if (vecs == 2) expand_row<2, false>(t, job, column);
+  if (vecs == 3) expand_row<3, false>(t, job, column);
+  if (vecs == 4) expand_row<4, false>(t, job, column);
+  _mm_setcsr(mode);
+}
+
+// Columns from `column` on, in whole blocks, a span at a time, so that its B stays near.
+template <bool Plain>
+void expand_blocks(const Tensors<bf16>& t, const Job<bf16>& job, int64_t lines, int64_t column,
+                   int64_t end) {
+  constexpr int64_t kSpan = 384;
+  TileShapes shapes = many_ranks(job, lines);
+  if (job.padded_rank <= kTileDepth) shapes = few_ranks(job, lines);
+  shapes.use();
+  for (; column < end; column += kSpan) {
+    if (job.padded_rank <= kTileDepth) {
+      expand_few<Plain>(t, job, lines, column, least(column + kSpan, end));
+    } else {
+      expand_many<4, Plain>(t, job, lines, column, least(column + kSpan, end));
+    }
+  }
+}
+
+void expand(const Tensors<bf16>& t, const Job<bf16>& job, int64_t begin, int64_t end) {
+  if (job.rank == 0) return expand<bf16>(t, job, begin, end);
+  const bool plain = job.out_scale == nullptr && job.bias == nullptr;
+  if (job.row_count == 1) return (plain ? expand_one<true> : expand_one<false>)(t, job, begin, end);
+  const int64_t lines = least(kTileLines, job.row_count);
+  const int64_t whole = begin + (end - begin) / kBlock * kBlock;
+  if (plain) {
+    expand_blocks<true>(t, job, lines, begin, whole);
+  } else {
+    expand_blocks<false>(t, job, lines, begin, whole);
+  }
+  if (whole < end) {
+    const int64_t vecs = (end - whole + kUnit - 1) / kUnit;
+    many_ranks(job, lines).use();
+    if (vecs == 1) expand_many<1, false>(t, job, lines, whole, end);
+    if (vecs == 2) expand_many<2, false>(t, job, lines, whole, end);
+    if (vecs == 3) expand_many<3, false>(t, job, lines, whole, end);
+    if (vecs == 4) expand_many<4, false>(t, job, lines, whole, end);
+  }
+  _tile_release();
+}
+
+}  // namespace
+}  // namespace MANYLORA_ISA
+}  // namespace manylora
