@@ -27,6 +27,7 @@ class ModuleKind(Enum):
 
     LINEAR = "linear"  # weight [out, in]
     CONV1D = "conv1d"  # weight [in, out], GPT-2's; peft's fan_in_fan_out
+    QUANTISED = "quantised"  # LINEAR of bitsandbytes, weight dequantised on demand
     EMBEDDING = "embedding"  # weight [vocab, hidden]: in_size vocab, out_size hidden
     NORM = "norm"  # weight [n], and [n] a bias where the module has one: in_size = out_size = n
 

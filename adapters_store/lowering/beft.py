@@ -39,4 +39,4 @@ def _read(reader: ConfigReader, shared: Shapes, max_rank: int) -> _Beft:  # noqa
     return _Beft(read_targets(reader, Matcher()))
 
 
-FAMILY = Family(_KEYS, Names((_BIAS,)), _read, kinds=(ModuleKind.LINEAR,))
+FAMILY = Family(_KEYS, Names((_BIAS,)), _read, kinds=(ModuleKind.LINEAR, ModuleKind.QUANTISED))

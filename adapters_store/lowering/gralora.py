@@ -15,7 +15,7 @@ import torch
 from manylora.adapters_store.edits import ModuleEdit
 from manylora.adapters_store.lowering.config_reader import ConfigReader, KnownKeys
 from manylora.adapters_store.lowering.low_rank import balanced
-from manylora.adapters_store.lowering.method import Family, Shape, Shapes
+from manylora.adapters_store.lowering.method import ANY_LINEAR, Family, Shape, Shapes
 from manylora.adapters_store.lowering.patterns import Matcher
 from manylora.adapters_store.lowering.place import Place, Sizes
 from manylora.adapters_store.lowering.targets import TARGET_KEYS, Targets, read_targets
@@ -101,4 +101,4 @@ def _read(reader: ConfigReader, shared: Shapes, max_rank: int) -> _GraLora:  # n
     )
 
 
-FAMILY = Family(_KEYS, Names((_A, _B, _WHOLE_A, _WHOLE_B)), _read, learned_biases="gralora_only")
+FAMILY = Family(_KEYS, Names((_A, _B, _WHOLE_A, _WHOLE_B)), _read, "gralora_only", ANY_LINEAR)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from manylora.adapters_store.edits import ModuleEdit
 from manylora.adapters_store.lowering.config_reader import ConfigReader, KnownKeys
-from manylora.adapters_store.lowering.method import Family, Shape, Shapes
+from manylora.adapters_store.lowering.method import ANY_LINEAR, Family, Shape, Shapes
 from manylora.adapters_store.lowering.patterns import Matcher
 from manylora.adapters_store.lowering.place import Place, Sizes
 from manylora.adapters_store.lowering.targets import Targets, read_targets
@@ -68,4 +68,4 @@ def _read(reader: ConfigReader, shared: Shapes, max_rank: int) -> _Ia3:  # noqa:
     return _Ia3(feedforward, read_targets(reader, Matcher()))
 
 
-FAMILY = Family(_KEYS, Names((_VECTOR,)), _read)
+FAMILY = Family(_KEYS, Names((_VECTOR,)), _read, kinds=ANY_LINEAR)

@@ -65,6 +65,12 @@ def minus_initial(edit: ModuleEdit, init: Init, place: Place) -> ModuleEdit:
     assert edit.a is not None
     assert edit.b is not None
     rank = edit.rank
+    if place.shape.kind is ModuleKind.QUANTISED:
+        raise FailedPrecondition(
+            "peft changes the base's weights and quantises them anew",
+            field=place.name,
+            wanted="the adapter converted to plain LoRA",
+        )
     if init is Init.PISSA:
         a0, b0 = _principal(place, rank, edit.scale)
     elif place.shape.kind is ModuleKind.CONV1D:

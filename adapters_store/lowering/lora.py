@@ -19,7 +19,7 @@ from manylora.adapters_store.files import WEIGHTS_FILE
 from manylora.adapters_store.lowering.config_reader import ConfigReader, KnownKeys
 from manylora.adapters_store.lowering.dora import rescaled
 from manylora.adapters_store.lowering.initial import Init, minus_initial, read_init
-from manylora.adapters_store.lowering.method import Family, Shape, Shapes
+from manylora.adapters_store.lowering.method import ANY_LINEAR, Family, Shape, Shapes
 from manylora.adapters_store.lowering.patterns import Matcher
 from manylora.adapters_store.lowering.place import Place, Sizes
 from manylora.adapters_store.lowering.ranks import ByModule, read_alphas, read_ranks
@@ -147,5 +147,5 @@ FAMILY = Family(
     Names((A, B, B_BIAS, MAGNITUDE, EMBEDDING_A, EMBEDDING_B)),
     _read,
     learned_biases="lora_only",
-    kinds=(ModuleKind.LINEAR, ModuleKind.CONV1D, ModuleKind.EMBEDDING),
+    kinds=(*ANY_LINEAR, ModuleKind.EMBEDDING),
 )

@@ -70,5 +70,9 @@ def _read(reader: ConfigReader, shared: Shapes, max_rank: int) -> _Miss:  # noqa
 
 
 FAMILY = Family(
-    _KEYS, Names((_BLOCK,)), _read, learned_biases="miss_only", kinds=(ModuleKind.LINEAR,)
+    _KEYS,
+    Names((_BLOCK,)),
+    _read,
+    learned_biases="miss_only",
+    kinds=(ModuleKind.LINEAR, ModuleKind.QUANTISED),
 )

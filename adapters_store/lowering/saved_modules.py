@@ -78,6 +78,12 @@ def saved_edits(
             rest[name] = copy
     for module in modules if saved.names else ():
         if saved.takes(module):
+            if modules[module].kind is ModuleKind.QUANTISED:
+                raise FailedPrecondition(
+                    "a quantised module cannot be replaced whole",
+                    field=f"{CONFIG_FILE}: modules_to_save",
+                    found=module,
+                )
             _check(checkpoint, module, found.setdefault(module, {}), parameter)
     edits = {
         module: edit

@@ -16,7 +16,7 @@ from manylora.adapters_store.edits import ModuleEdit
 from manylora.adapters_store.files import WEIGHTS_FILE
 from manylora.adapters_store.lowering.config_reader import ConfigReader, KnownKeys
 from manylora.adapters_store.lowering.low_rank import balanced
-from manylora.adapters_store.lowering.method import Family, Shape, Shapes
+from manylora.adapters_store.lowering.method import ANY_LINEAR, Family, Shape, Shapes
 from manylora.adapters_store.lowering.patterns import Matcher
 from manylora.adapters_store.lowering.place import Place, Sizes
 from manylora.adapters_store.lowering.targets import TARGET_KEYS, Targets, read_targets
@@ -101,4 +101,4 @@ def _read(reader: ConfigReader, shared: Shapes, max_rank: int) -> _VbLora:
     )
 
 
-FAMILY = Family(_KEYS, Names((_A, _B), (_BANK,)), _read, learned_biases="vblora_only")
+FAMILY = Family(_KEYS, Names((_A, _B), (_BANK,)), _read, "vblora_only", ANY_LINEAR)

@@ -18,7 +18,7 @@ from manylora.adapters_store.edits import ModuleEdit
 from manylora.adapters_store.files import WEIGHTS_FILE
 from manylora.adapters_store.lowering.config_reader import ConfigReader, KnownKeys
 from manylora.adapters_store.lowering.low_rank import balanced
-from manylora.adapters_store.lowering.method import Family, Shape, Shapes
+from manylora.adapters_store.lowering.method import ANY_LINEAR, Family, Shape, Shapes
 from manylora.adapters_store.lowering.patterns import Matcher
 from manylora.adapters_store.lowering.place import Place, Sizes
 from manylora.adapters_store.lowering.targets import TARGET_KEYS, Targets, read_targets
@@ -142,6 +142,7 @@ def _family(word: str) -> Family:
         Names(parts, shared),
         lambda reader, shapes, most: _read(word, reader, shapes, most),
         learned_biases=f"{word}_only",
+        kinds=ANY_LINEAR,
     )
 
 

@@ -14,7 +14,13 @@ from manylora import __version__
 from manylora.server.cli.output import human_bytes, print_json, print_table
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "grpcio", "protobuf")
-OPTIONAL_PACKAGES = {"peft": "train", "accelerate": "train", "gguf": "gguf", "triton": "gpu"}
+OPTIONAL_PACKAGES = {
+    "peft": "train",
+    "accelerate": "train",
+    "gguf": "gguf",
+    "triton": "gpu",
+    "bitsandbytes": "bnb",
+}
 
 
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:

@@ -13,7 +13,7 @@ from manylora import kernels
 from manylora.adapters_store.format import Checkpoint, read_checkpoint
 from manylora.adapters_store.limits import DEFAULT_LIMITS
 from manylora.adapters_store.lowering import check_config, read_task
-from manylora.errors import InvalidArgument
+from manylora.errors import FailedPrecondition, InvalidArgument
 from manylora.server.engine.model import load_base
 from manylora.server.engine.model.checkpoint import DTYPES
 from manylora.server.engine.packing import pack
@@ -70,7 +70,10 @@ def compare(
     ids = Tokenizer(base).encode(prompt).ids
     served = _run_served(base, checkpoint, ids, dtype, torch.device(device))
     model = load_peft(base, checkpoint, DTYPES[dtype])
-    right = run_peft(model, task, ids)
+    try:
+        right = run_peft(model, task, ids)
+    except Exception as error:  # peft raises what it likes
+        raise FailedPrecondition(f"peft cannot run it: {error}", field="adapter") from error
     effect = None
     if task.value == "CAUSAL_LM":
         with model.disable_adapter():

@@ -5,12 +5,12 @@ from __future__ import annotations
 import shutil
 import tempfile
 import warnings
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer
 
 from manylora.adapters_store.format import Checkpoint, read_checkpoint
@@ -18,6 +18,7 @@ from manylora.adapters_store.head import Task
 from manylora.adapters_store.lowering.heads import read_task, split_head
 from manylora.errors import FailedPrecondition, InvalidArgument
 from manylora.server.engine.model.checkpoint import DTYPES
+from manylora.server.engine.model.quantised import quantisation
 from manylora.server.offline.peft_side import is_tied, load_peft, run_peft
 
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 0.1}
@@ -45,35 +46,71 @@ def merge(base: Path, adapter: Path, out: Path, *, dtype: str = "auto") -> Path:
         raise InvalidArgument("no such dtype", field="dtype", found=dtype, wanted=", ".join(DTYPES))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InvalidArgument("is taken", field="out", found=out, wanted="a new directory")
+    own_dtype = _read_dtype(base)
     checkpoint = read_checkpoint(adapter)
-    task = read_task(checkpoint.config)
     model = load_peft(base, checkpoint, torch.float32)
-    ids = _probe(model)
-    wanted = run_peft(model, task, ids)
+    probe = _Probe.of(model, read_task(checkpoint.config))
     tied = is_tied(model.get_base_model())
-    merged = _label(_merge(model, checkpoint), checkpoint)
-    kept = _own_dtype(base) if dtype == "auto" else DTYPES[dtype]
+    merged = _merge(model, checkpoint)
+    kept = own_dtype if dtype == "auto" else DTYPES[dtype]
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as directory:
         made = Path(directory) / "merged"
-        difference = _save(merged, made, task, ids, wanted, kept)
-        allowed = _TOLERANCE[kept] * max(1.0, float(wanted.abs().max()))
-        if tied and not difference <= allowed:  # an edit of one of the two that are one
+        difference = _save(merged, made, kept, probe)
+        if tied and not difference <= probe.allowed(kept):  # an edit of one of two that are one
             model = load_peft(base, checkpoint, torch.float32, untied=True)
-            merged = _label(_merge(model, checkpoint), checkpoint)
-            difference = _save(merged, made, task, ids, wanted, kept)
-        if not difference <= allowed:
+            difference = _save(_merge(model, checkpoint), made, kept, probe)
+        if not difference <= probe.allowed(kept):
             raise FailedPrecondition(
                 "merged, it computes something else than beside its base",
                 field="adapter",
                 found=f"logits that differ by {difference:.2g}",
-                wanted=f"at most {allowed:.2g}",
+                wanted=f"at most {probe.allowed(kept):.2g}",
             )
         _save_tokenizer(base, made)
         if out.exists():
             out.rmdir()
         shutil.move(made, out)
     return out
+
+
+@dataclass(slots=True, frozen=True)
+class _Probe:
+    """A prompt, and what the adapter on its base answers: float32, as `run_peft`."""
+
+    task: Task
+    ids: list[int]
+    wanted: Tensor
+
+    @staticmethod
+    def of(model: Any, task: Task) -> _Probe:
+        vocab = model.config.get_text_config(decoder=True).vocab_size
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, vocab, (_PROBE_TOKENS,), generator=generator).tolist()
+        return _Probe(task, ids, run_peft(model, task, ids))
+
+    def difference(self, model: nn.Module) -> float:
+        """The largest of the model's answer to the wanted one."""
+        return float((run_peft(model, self.task, self.ids) - self.wanted).abs().max())
+
+    def allowed(self, dtype: torch.dtype) -> float:
+        return _TOLERANCE[dtype] * max(1.0, float(self.wanted.abs().max()))
+
+
+def _read_dtype(base: Path) -> torch.dtype:
+    """Raises FailedPrecondition for what is no base, or a quantised one."""
+    try:
+        config = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise FailedPrecondition(f"cannot load the base: {error}", field="base") from error
+    if quantisation(config) is not None:
+        raise FailedPrecondition(
+            "merged into quantised weights, an adapter is rounded away",
+            field="base",
+            found=base,
+            wanted="the base before it was quantised",
+        )
+    return config.dtype or torch.float32
 
 
 def _merge(model: Any, checkpoint: Checkpoint) -> Any:
@@ -84,7 +121,7 @@ def _merge(model: Any, checkpoint: Checkpoint) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return model.merge_and_unload(safe_merge=True)
+            return _label(model.merge_and_unload(safe_merge=True), checkpoint)
         except Exception as error:  # peft raises what it likes
             raise _refusal(kind, str(error) or type(error).__name__) from error
 
@@ -104,27 +141,14 @@ def _label(merged: Any, checkpoint: Checkpoint) -> Any:
     return merged
 
 
-def _probe(model: Any) -> list[int]:
-    vocab = model.config.get_text_config(decoder=True).vocab_size
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, vocab, (_PROBE_TOKENS,), generator=generator).tolist()
-
-
-def _own_dtype(base: Path) -> torch.dtype:
-    config = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
-    return config.dtype or torch.float32
-
-
-def _save(
-    merged: Any, made: Path, task: Task, ids: Sequence[int], wanted: Tensor, dtype: torch.dtype
-) -> float:
-    """Writes the checkpoint, reads it back; the largest difference of its answer to `wanted`."""
+def _save(merged: Any, made: Path, dtype: torch.dtype, probe: _Probe) -> float:
+    """Writes the checkpoint and reads it back; how far its answer is from the wanted one."""
     shutil.rmtree(made, ignore_errors=True)
     merged.to(dtype).save_pretrained(made)
     saved = type(merged).from_pretrained(
         made, dtype=torch.float32, attn_implementation="eager", local_files_only=True
     )
-    return float((run_peft(saved.eval(), task, ids) - wanted).abs().max())
+    return probe.difference(saved.eval())
 
 
 def _save_tokenizer(base: Path, made: Path) -> None:

@@ -15,6 +15,7 @@ from manylora.adapters_store.format import Checkpoint
 from manylora.adapters_store.head import Task
 from manylora.adapters_store.lowering.heads import read_task, split_head
 from manylora.errors import FailedPrecondition, MissingExtra
+from manylora.server.engine.model.quantised import settle
 
 _CLASSES: dict[Task, Any] = {
     Task.CAUSAL_LM: transformers.AutoModelForCausalLM,
@@ -51,6 +52,7 @@ def load_peft(base: Path, adapter: Checkpoint, dtype: torch.dtype, *, untied: bo
             )
         except (OSError, ValueError) as error:
             raise FailedPrecondition(f"cannot load the base: {error}", field="base") from error
+        settle(model)
         if untied:
             _untie(model)
         try:

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from manylora.adapters_store.edits import ModuleKind, ModuleShape
 from manylora.kernels import Plan, SliceGroup
+from manylora.server.engine.model import quantised
 from manylora.server.engine.model.overrides import StepOverrides
 from manylora.server.engine.model.step import StepState
 
@@ -25,22 +26,22 @@ KINDS: dict[type[nn.Module], ModuleKind] = {
 """What can be adapted, by exact class: a subclass may compute something else."""
 
 
-class AdaptedLinear(nn.Module):
-    """y = W x + b, then each row's own edit. Shares W and b with the module it stands in for."""
+def linear_kind(module: nn.Module) -> ModuleKind | None:
+    """Of a linear module that can be adapted; else None."""
+    return ModuleKind.QUANTISED if quantised.is_quantised(module) else KINDS.get(type(module))
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+
+class AdaptedProduct(nn.Module):
+    """The base's product with a weight, then each row's own edit."""
 
     def __init__(self, base: Any, module_id: int, step: StepState) -> None:
         super().__init__()
-        self.weight = base.weight
-        self.bias = base.bias
         self.group = SliceGroup.single(module_id, shape_of(base).out_size)
         self.step = step
 
     def product(self, x: Tensor) -> Tensor:
         """The base's result: [..., in] → [..., out]."""
-        return F.linear(x, self.weight, self.bias)
+        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [1, rows, in] or [rows, in], the flat batch's rows in order."""
@@ -59,6 +60,38 @@ class AdaptedLinear(nn.Module):
                 y[where] = own.multiply(y[where], rows[where])
         step.kernels.apply_edits_(y, rows, self.group, step.pool, step.table, plan)
         return y.view(*x.shape[:-1], -1)
+
+
+class AdaptedLinear(AdaptedProduct):
+    """y = W x + b. Shares W and b with the module it stands in for."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(self, base: Any, module_id: int, step: StepState) -> None:
+        super().__init__(base, module_id, step)
+        self.weight = base.weight
+        self.bias = base.bias
+
+    def product(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class AdaptedQuantised(AdaptedProduct):
+    """bitsandbytes' linear module, which computes the product itself."""
+
+    def __init__(self, base: Any, module_id: int, step: StepState) -> None:
+        super().__init__(base, module_id, step)
+        self.bias = base.bias
+        self._base = (base,)  # a tuple keeps it out of the tree
+
+    @property
+    def weight(self) -> Tensor:
+        """float32 [out, in], made anew."""
+        return quantised.weight(*self._base)
+
+    def product(self, x: Tensor) -> Tensor:
+        return quantised.product(*self._base, x)
 
 
 class AdaptedConv1D(AdaptedLinear):
@@ -153,13 +186,16 @@ def adapt(
 _TWINS: dict[ModuleKind, Callable[[Any, int, StepState], nn.Module]] = {
     ModuleKind.LINEAR: AdaptedLinear,
     ModuleKind.CONV1D: AdaptedConv1D,
+    ModuleKind.QUANTISED: AdaptedQuantised,
     ModuleKind.NORM: AdaptedNorm,
     ModuleKind.EMBEDDING: AdaptedEmbedding,
 }
 
 
 def shape_of(module: Any) -> ModuleShape:
-    """Kind and sizes of a module of one of `KINDS`, of an embedding or of a norm."""
+    """Kind and sizes of a module that `linear_kind` knows, of an embedding or of a norm."""
+    if quantised.is_quantised(module):
+        return ModuleShape(ModuleKind.QUANTISED, module.in_features, module.out_features)
     if module.weight.dim() == 1:
         return ModuleShape(ModuleKind.NORM, len(module.weight), len(module.weight))
     first, second = module.weight.shape

@@ -19,6 +19,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from manylora.errors import FailedPrecondition, InvalidArgument
+from manylora.server.engine.model.quantised import check_quantisation, quantisation, settle
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 
@@ -62,6 +63,8 @@ def read_model(path: Path, dtype: str, device: torch.device) -> BaseCheckpoint:
     if dtype not in (*DTYPES, "auto"):
         raise InvalidArgument("no such dtype", field="dtype", found=dtype, wanted=", ".join(DTYPES))
     config = _read_config(path)
+    # bitsandbytes' weights take their final form as they come to the device
+    placing = {} if quantisation(config) is None else {"device_map": {"": device}}
     try:
         model, info = _kind(config).from_pretrained(
             path,
@@ -73,6 +76,7 @@ def read_model(path: Path, dtype: str, device: torch.device) -> BaseCheckpoint:
             trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported and refused below
+            **placing,
         )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise FailedPrecondition(
@@ -92,7 +96,8 @@ def read_model(path: Path, dtype: str, device: torch.device) -> BaseCheckpoint:
         raise FailedPrecondition(
             "the checkpoint's dtype is not served", field="dtype", found=model.dtype
         )
-    return BaseCheckpoint(model.eval().requires_grad_(False).to(device), optional)
+    model = model.eval().requires_grad_(False)
+    return BaseCheckpoint(settle(model) if placing else model.to(device), optional)
 
 
 _HEAD = re.compile(r"(classifier|head|[a-z_]+\.pooler)\.")
@@ -124,8 +129,9 @@ def _read_config(path: Path) -> PreTrainedConfig:
         raise _not_served(config, "an encoder-decoder model, or one with cross attention")
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not is_encoder(config):
         raise _not_served(config, "neither a causal language model nor a known encoder")
-    if getattr(config, "quantization_config", None) is not None:
-        raise _not_served(config, "a quantised checkpoint")
+    if is_encoder(config) and quantisation(config) is not None:
+        raise _not_served(config, "a quantised encoder")
+    check_quantisation(config)
     _check_layers(config)
     return config
 

@@ -24,6 +24,7 @@ from manylora.server.engine.model.interface import make_interfaced
 from manylora.server.engine.model.limits import eos_token_ids, max_context
 from manylora.server.engine.model.load_encoder import adapt_encoder
 from manylora.server.engine.model.probe import probe
+from manylora.server.engine.model.quantised import is_quantised_base
 from manylora.server.engine.model.step import StepState, keep_hidden
 from manylora.server.engine.model.task_view import TaskBase, make_views, read_task_base
 from manylora.server.engine.types import Rows
@@ -47,7 +48,9 @@ def load_base(
     """
     base = read_model(path, dtype, device)
     try:
-        return adapt_encoder(base, kernels) if base.encodes else _adapt(base.model, kernels, fused)
+        if base.encodes:
+            return adapt_encoder(base, kernels)
+        return _adapt(base.model, kernels, fused and not is_quantised_base(base.model))
     except ManyloraError:
         raise
     except Exception as error:

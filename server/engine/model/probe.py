@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from manylora.errors import FailedPrecondition
-from manylora.server.engine.model.adapt import KINDS
+from manylora.server.engine.model.adapt import linear_kind
 from manylora.server.engine.model.probe_others import watch_others
+from manylora.server.engine.model.quantised import is_quantised
 from manylora.server.engine.model.record import PROBE, RECORD, AttentionCall, refuse
 
 _ROWS = 13
@@ -65,7 +66,7 @@ def counting_rows(model: PreTrainedModel) -> Iterator[dict[str, set[int]]]:
     handles = [
         module.register_forward_pre_hook(watch(name))
         for name, module in model.named_modules()
-        if type(module) in KINDS
+        if linear_kind(module)
     ]
     try:
         yield rows
@@ -82,7 +83,7 @@ def _rowwise(model: PreTrainedModel, rows: dict[str, set[int]], head: str) -> li
         if rows.get(name) == {_ROWS}
         and name != head
         and "experts" not in name.split(".")
-        and module.weight.dtype == model.dtype
+        and (is_quantised(module) or module.weight.dtype == model.dtype)
     ]
 
 

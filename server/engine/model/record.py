@@ -88,7 +88,7 @@ def _record_attention(
         raise refuse(module, "attends to other rows than the batch's")
     if query.shape[1] % key.shape[1]:
         raise refuse(module, "has heads that do not divide by its KV heads")
-    if not (query.dtype == key.dtype == value.dtype == module_dtype(module)):
+    if not (query.dtype == key.dtype == value.dtype == module_dtype(module, query.dtype)):
         raise refuse(module, "attends in another dtype than the model's")
     if not isinstance(scaling, float | int | None):
         raise refuse(module, "scales by a tensor")
@@ -168,9 +168,10 @@ def check_keywords(module: nn.Module, keywords: Mapping[str, object]) -> None:
             raise refuse(module, f"passes {name} to attention")
 
 
-def module_dtype(module: nn.Module) -> torch.dtype:
-    """Of the module's first parameter."""
-    return next(module.parameters()).dtype
+def module_dtype(module: nn.Module, otherwise: torch.dtype) -> torch.dtype:
+    """Of the module's first parameter that is not quantised, if it has any."""
+    found = (p.dtype for p in module.parameters() if p.is_floating_point())
+    return next(found, otherwise)
 
 
 def _per_head(values: Tensor | None) -> Tensor | None:
