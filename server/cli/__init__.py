@@ -9,7 +9,7 @@ import typer
 
 from manylora import __version__
 from manylora.errors import InvalidArgument, ManyloraError
-from manylora.server.cli import adapters, doctor, generate, offline, serve
+from manylora.server.cli import adapters, doctor, generate, look, offline, serve
 from manylora.server.cli.output import print_error
 
 app = typer.Typer(
@@ -21,6 +21,8 @@ app = typer.Typer(
 app.command("serve")(serve.make_command())
 app.add_typer(adapters.app, name="adapters")
 app.command("generate")(generate.generate)
+app.command("classify")(look.classify)
+app.command("embed")(look.embed)
 app.command("check")(offline.check)
 app.command("merge")(offline.merge)
 app.command("doctor")(doctor.doctor)

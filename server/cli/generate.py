@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from manylora.errors import InvalidArgument
-from manylora.server.cli.options import DEFAULT_SERVER, Json, Server
+from manylora.server.cli.options import DEFAULT_SERVER, Adapter, Json, Server
 from manylora.server.cli.output import print_json, print_note, printable
 
 if TYPE_CHECKING:
@@ -21,16 +21,7 @@ def generate(
         str | None,
         typer.Argument(help="The prompt; without one, or as '-', standard input is the prompt."),
     ] = None,
-    adapter: Annotated[
-        str,
-        typer.Option(
-            "--adapter",
-            "-a",
-            show_default=False,
-            help="TENANT/NAME, TENANT/NAME@VERSION or TENANT/NAME:ALIAS; several at once with "
-            "weights: TENANT/A*0.7+TENANT/B*0.3. Default: the base.",
-        ),
-    ] = "",
+    adapter: Adapter = "",
     chat: Annotated[
         bool, typer.Option("--chat/--plain", help="Through the model's chat template, or as it is.")
     ] = False,
@@ -58,7 +49,7 @@ def generate(
     """Answer one prompt, with the base model or one of its adapters."""
     if system is not None and not chat:
         raise InvalidArgument("has no place in a plain prompt", field="--system", wanted="--chat")
-    text = _read_prompt(prompt)
+    text = read_prompt(prompt)
     messages = [{"role": "user", "content": text}]
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
@@ -113,7 +104,7 @@ def _print_whole(chunks: Iterator[Chunk]) -> None:
     )
 
 
-def _read_prompt(argument: str | None) -> str:
+def read_prompt(argument: str | None) -> str:
     """The argument, or standard input without its last line's end."""
     if argument is not None and argument != "-":
         return argument

@@ -22,4 +22,14 @@ Reference = Annotated[
         help="TENANT/NAME (the newest version), TENANT/NAME@VERSION or TENANT/NAME:ALIAS.",
     ),
 ]
+Adapter = Annotated[
+    str,
+    typer.Option(
+        "--adapter",
+        "-a",
+        show_default=False,
+        help="TENANT/NAME, TENANT/NAME@VERSION or TENANT/NAME:ALIAS; several at once with "
+        "weights: TENANT/A*0.7+TENANT/B*0.3. Default: the base.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]

@@ -11,8 +11,10 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+import peft
 import pytest
 from manylora_testing.adapters import tiny_lora
+from manylora_testing.classifiers import make_task_adapter
 from manylora_testing.models import tiny_model
 from manylora_testing.serve_process import ServeProcess
 from manylora_testing.tokenizer import TOKENIZER_VOCAB, tiny_tokenizer
@@ -62,7 +64,10 @@ def test_version(cli: Cli) -> None:
 
 def test_help_lists_every_command(cli: Cli) -> None:
     text = cli("--help").out
-    for command in ("serve", "train", "adapters", "generate", "check", "merge", "demo", "doctor"):
+    for command in (
+        *("serve", "train", "adapters", "generate", "classify", "embed"),
+        *("check", "merge", "demo", "doctor"),
+    ):
         assert f" {command} " in text
 
 
@@ -261,6 +266,42 @@ def test_generate_through_the_chat_template(here: Cli, address: str) -> None:
     answer = here("generate", "--chat", "--system", "Be kind.", "hi", *flags)
     assert json.loads(answer.out)["text"] == want.text
     assert json.loads(answer.out)["usage"]["prompt_tokens"] == want.usage.prompt_tokens
+
+
+@pytest.fixture(scope="module")
+def classifiers(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("classifiers")
+    return {
+        task: make_task_adapter(
+            model, root / task, task, peft.LoraConfig(target_modules=["q_proj"])
+        )
+        for task in ("SEQ_CLS", "TOKEN_CLS")
+    }
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_classes_and_vectors(here: Cli, classifiers: dict[str, Path], address: str) -> None:
+    assert here("adapters", "publish", "t/seq", classifiers["SEQ_CLS"]).out == "t/seq@1\n"
+    assert here("adapters", "publish", "t/tok", classifiers["TOKEN_CLS"]).out == "t/tok@1\n"
+    text, second = "the printer", "naïve café"
+    with Client(address) as client:
+        for flags, pair in (((), None), (("--second", second), (text, second))):
+            alone = text if pair is None else None
+            classes = client.classify(alone, pair=pair, adapter="t/seq")
+            table = here("classify", text, *flags, "--adapter", "t/seq").out.splitlines()
+            assert table[0].split() == ["label", "score", "logit"]
+            best = max(classes.scores)
+            assert table[1].split()[:2] == [classes.label, f"{best:.4f}"]
+            shown = json.loads(here("classify", text, *flags, "-a", "t/seq", "--json").out)
+            assert shown["scores"] == list(classes.scores)
+            tokens = client.classify_tokens(alone, pair=pair, adapter="t/tok").tokens
+            rows = here("classify", text, *flags, "-a", "t/tok", "--tokens").out.splitlines()[1:]
+            assert [row.split()[-2] for row in rows] == [token.label for token in tokens]
+            assert rows[1].split()[0] == text[slice(*(tokens[1].span or ()))]
+            vector = client.embed(alone, pair=pair, pooling="mean", normalize=True)
+            shown = here("embed", text, *flags, "--pooling", "mean", "--normalize").out
+            assert json.loads(shown)["embedding"] == list(vector.embedding)
+    assert here("classify", text).code == 1
 
 
 def test_the_servers_errors_arrive_whole(here: Cli) -> None:
