@@ -130,8 +130,8 @@ class DecoderLayers:
             raise ValueError(
                 f"decoder_layers: wanted x bfloat16 [{batch.rows}, {self._widths[0]}], cos and sin "
                 f"float32 [{self._rotaries}, {batch.rows}, half]; found x {tuple(x.shape)} "
-                f"{x.dtype}, cos {tuple(cos.shape)} {cos.dtype}, plan of {plan.rows} rows and slots to "
-                f"{plan.max_slot}, table of {table.slots} slots"
+                f"{x.dtype}, cos {tuple(cos.shape)} {cos.dtype}, plan of {plan.rows} rows and "
+                f"slots to {plan.max_slot}, table of {table.slots} slots"
             )
         buffers = [torch.empty(rows, width, dtype=torch.bfloat16) for width in self._widths]
         activation, eps, offset = self._fixed

@@ -1,7 +1,7 @@
-"""Draws each row's next token.
+"""Draws each row's next token, for all rows at once.
 
 A row's token depends on its own logits, parameters, history and generator alone, never on its
-neighbours: every choice of path below is made row by row.
+neighbours: what is computed for many rows together has one row's bits.
 """
 
 from __future__ import annotations
@@ -10,14 +10,16 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from manylora.server.engine.sequence import Sequence
 from manylora.server.engine.types import Logprob, SamplingParams, TokenLogprobs
 
 LEAST_TEMPERATURE = 1e-30  # below it, one over it is no float32
-TOP_P_CANDIDATES = 1024  # sorted at first; all of the vocabulary only where they fall short
+_BLOCK = 64  # tokens whose probabilities are summed before any is looked at
 
 
 @dataclass(slots=True, frozen=True)
@@ -36,23 +38,29 @@ def sample(logits: Tensor, sequences: Seq[Sequence]) -> list[Sample | None]:
         _penalise(logits[row], sequence)
     largest, greedy = logits.max(dim=-1)  # a NaN counts as the largest
     finite, tokens = largest.isfinite().tolist(), greedy.tolist()
+    drawn = [
+        row
+        for row, sequence in enumerate(sequences)
+        if finite[row] and sequence.request.sampling.temperature > 0
+    ]
+    if drawn:
+        picked = logits if len(drawn) == len(logits) else logits[drawn]
+        for row, token in zip(drawn, _draw(picked, [sequences[r] for r in drawn]), strict=True):
+            tokens[row] = token
     samples: list[Sample | None] = []
     for row, sequence in enumerate(sequences):
-        if not finite[row]:
-            samples.append(None)
-            continue
-        token, raw = tokens[row], logprobs[row]
-        if sequence.request.sampling.temperature > 0:
-            token = _draw(logits[row], sequence.request.sampling, sequence.rng)
-        samples.append(Sample(token, None if raw is None else _top(raw, token, sequence)))
+        raw = logprobs.get(row)
+        top = None if raw is None or not finite[row] else _top(raw, tokens[row], sequence)
+        samples.append(Sample(tokens[row], top) if finite[row] else None)
     return samples
 
 
-def _raw_logprobs(logits: Tensor, sequences: Seq[Sequence]) -> list[Tensor | None]:
-    return [
-        None if s.request.sampling.logprobs is None else torch.log_softmax(logits[row], dim=-1)
-        for row, s in enumerate(sequences)
-    ]
+def _raw_logprobs(logits: Tensor, sequences: Seq[Sequence]) -> dict[int, Tensor]:
+    """By row, where they are asked for: [vocab]."""
+    rows = [i for i, s in enumerate(sequences) if s.request.sampling.logprobs is not None]
+    if not rows:
+        return {}
+    return dict(zip(rows, torch.log_softmax(logits[rows], dim=-1), strict=True))
 
 
 def _top(raw: Tensor, token: int, sequence: Sequence) -> TokenLogprobs:
@@ -81,33 +89,71 @@ def _penalise(row: Tensor, sequence: Sequence) -> None:
         row[ids] -= params.presence_penalty + params.frequency_penalty * counts
 
 
-def _draw(row: Tensor, params: SamplingParams, rng: np.random.Generator) -> int:
-    """Inverse transform sampling over the kept tokens, in order of their ids."""
+def _draw(logits: Tensor, sequences: Seq[Sequence]) -> list[int]:
+    """Inverse transform sampling over each row's kept tokens, in order of their ids.
+
+    logits: float32 [len(sequences), vocab], the largest of each row finite.
+    """
+    params = [sequence.request.sampling for sequence in sequences]
+    temperatures = torch.tensor(
+        [[max(p.temperature, LEAST_TEMPERATURE)] for p in params], device=logits.device
+    )
     # the largest becomes 0 first, so that a tiny temperature overflows to -inf only
-    temperature = max(params.temperature, LEAST_TEMPERATURE)
-    probabilities = torch.softmax((row - row.max()) / temperature, dim=-1)
-    threshold = _threshold(probabilities, params)
-    kept = (probabilities >= threshold).nonzero().squeeze(-1)
-    cumulative = probabilities[kept].double().cumsum(dim=0)
-    target = rng.random() * float(cumulative[-1])
-    index = int(torch.searchsorted(cumulative, target, right=True))
-    return int(kept[min(index, len(kept) - 1)])
+    shifted = logits - logits.amax(dim=-1, keepdim=True)
+    probabilities = torch.softmax(shifted.div_(temperatures), dim=-1)
+    least = [_threshold(row, its) for row, its in zip(probabilities, params, strict=True)]
+    if any(least):
+        thresholds = torch.tensor(least, dtype=torch.float32, device=logits.device)
+        probabilities.masked_fill_(probabilities < thresholds[:, None], 0)
+    numbers = np.array([sequence.rng.random() for sequence in sequences])
+    return _pick(probabilities, numbers)
+
+
+def _pick(probabilities: Tensor, numbers: npt.NDArray[np.float64]) -> list[int]:
+    """For each row the token at which the running sum passes the row's number, a part of the sum.
+
+    probabilities: float32 [n, vocab], of any sum above 0. numbers: [n], in [0, 1).
+    """
+    rows, vocab = probabilities.shape
+    missing = -vocab % _BLOCK
+    padded = F.pad(probabilities, (0, missing)) if missing else probabilities
+    blocks = padded.view(rows, -1, _BLOCK)
+    sums = blocks.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1).cpu().numpy()
+    targets = numbers * sums[:, -1]
+    chosen = _first_above(sums, targets)
+    every = np.arange(rows)
+    before = np.where(chosen > 0, sums[every, chosen - 1], 0.0)
+    inside = blocks[torch.from_numpy(every), torch.from_numpy(chosen)]
+    within = inside.double().cumsum(dim=-1).cpu().numpy()
+    tokens: list[int] = (chosen * _BLOCK + _first_above(within, targets - before)).tolist()
+    return tokens
+
+
+def _first_above(
+    sums: npt.NDArray[np.float64], targets: npt.NDArray[np.float64]
+) -> npt.NDArray[np.int64]:
+    """Where each row's running sums first exceed its target; where they first reach their last,
+    should rounding let none exceed it: never where nothing was added."""
+    above = np.count_nonzero(sums <= targets[:, None], axis=1)
+    found: npt.NDArray[np.int64] = np.minimum(above, np.count_nonzero(sums < sums[:, -1:], axis=1))
+    return found
 
 
 def _threshold(probabilities: Tensor, params: SamplingParams) -> float:
     """The least probability that top_k, then top_p (Holtzman et al. 2019) and min_p keep; ties
-    with it are kept too. At least the smallest positive one: what is impossible is never drawn."""
-    threshold = float(torch.finfo(probabilities.dtype).tiny)
-    if params.min_p > 0:
-        threshold = max(threshold, params.min_p * float(probabilities.max()))
-    k = params.top_k if 0 < params.top_k < len(probabilities) else None
-    if k is None and params.top_p >= 1:
+    with it are kept too. 0 where all are. probabilities: float32 [vocab], of sum 1."""
+    threshold = params.min_p * float(probabilities.max()) if params.min_p > 0 else 0.0
+    vocab = len(probabilities)
+    if 0 < params.top_k < vocab:
+        ordered = probabilities.topk(params.top_k).values.double().cpu().numpy()
+        mass = params.top_p * float(ordered.sum())
+    elif params.top_p < 1:
+        # those below are all beside the nucleus: together they are less than 1 - top_p
+        candidates = probabilities[probabilities >= (1 - params.top_p) / vocab]
+        ordered = np.sort(candidates.cpu().numpy())[::-1].astype(np.float64)
+        mass = params.top_p
+    else:
         return threshold
-    ordered = probabilities.topk(k or min(TOP_P_CANDIDATES, len(probabilities))).values
     if params.top_p < 1:
-        mass = params.top_p * (float(ordered.double().sum()) if k else 1.0)
-        if k is None and float(ordered.double().sum()) < mass:
-            ordered = probabilities.sort(descending=True).values
-        enough = int(torch.searchsorted(ordered.double().cumsum(dim=0), mass))
-        ordered = ordered[: enough + 1]
+        ordered = ordered[: int(np.searchsorted(ordered.cumsum(), mass)) + 1]
     return max(threshold, float(ordered[-1]))
