@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from alone import run_alone
 from bars import BARS, as_json, judge
-from paths import Places
+from paths import HERE, Places
 from phases import MIXED, QUICK, RANK_16, REGISTERED, ZIPF, Bench, run_phase
 from plots import plot_registered, plot_speeds
 from records import Results, load
@@ -52,16 +53,23 @@ def main() -> int:
         return report(load(options.report / RECORDS), options.report, names)
     os.environ["HF_HUB_OFFLINE"] = "1"
     bench, out = _prepare(options.model, options.out)
-    failures = measure(bench) if options.peers else run_phase(bench, QUICK)
+    failures = measure(bench, out) if options.peers else run_phase(bench, QUICK)
     return report(bench.results, out, names, failures)
 
 
-def measure(bench: Bench) -> list[str]:
+def measure(bench: Bench, out: Path) -> list[str]:
     """Everything that there is a bar for, and more; returns what went wrong."""
     failures = []
     for phase in (RANK_16, MIXED, ZIPF, REGISTERED):
         failures += run_phase(bench, phase)
-    return failures + run_alone(bench)
+    return failures + run_alone(bench) + _steps(bench, out)
+
+
+def _steps(bench: Bench, out: Path) -> list[str]:
+    """Where a step's time goes, in a process that nothing else has run in."""
+    command = [sys.executable, str(HERE / "steps.py"), f"--model={bench.model}", f"--out={out}"]
+    code = subprocess.run(command, check=False).returncode
+    return [f"steps.py ended with {code}"] if code else []
 
 
 def report(results: Results, out: Path, names: Sequence[str], failures: Sequence[str] = ()) -> int:
