@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,11 @@ from manylora_testing.encoder_column import (
 )
 from manylora_testing.matrix import DECODERS, TOLERANCE, errors, gaps, make_column, run_column
 from manylora_testing.methods import methods_of
+from safetensors.torch import load_file, save_file
 
 from manylora.kernels import cpu
 
+WEIGHTS = "adapter_model.safetensors"
 CASES = [
     *(("cpu", arch, True) for arch in DECODERS),
     ("reference", "gpt2", True),
@@ -51,6 +54,28 @@ def check(arch: str, found: Mapping[str, tuple[float, float]]) -> None:
     # the comparison has teeth: every adapter moves the logits by far more
     idle = {method: size for method, (_, size) in found.items() if size < 100 * TOLERANCE}
     assert set(idle) == {"base"}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("arch", "dtype"), [("llama", torch.bfloat16), ("gpt2", torch.float16)], ids=str
+)
+def test_sixteen_bit_files_equal_peft(arch: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Adapters saved in 16 bits, on a base in float32. (Where they bring a copy of the base's own
+    weights, that would be another base.)"""
+    if not cpu.available():
+        pytest.skip(cpu.why_unavailable())
+    column = make_column(arch, tmp_path)
+    halved = {}
+    for method, directory in column.adapters.items():
+        tensors = load_file(directory / WEIGHTS)
+        if not any("base_layer" in name for name in tensors):
+            save_file({n: t.to(dtype) for n, t in tensors.items()}, directory / WEIGHTS)
+            halved[method] = directory
+    assert len(halved) > 30
+    column = replace(column, adapters=halved)
+    found = gaps(column, run_column(column))
+    assert not {method: gap for method, (gap, _) in found.items() if not gap < TOLERANCE}
 
 
 @pytest.mark.filterwarnings("ignore")
