@@ -26,6 +26,7 @@ from kernels_attention import besides, decodes
 from kernels_bars import Bar, as_json, measure
 from kernels_edits import SHAPES, table
 from kernels_timing import READ_BYTES, Ring, medians, settle
+from kernels_training import trainings
 
 from manylora.kernels import cpu
 
@@ -86,6 +87,7 @@ def _measure_here(quick: bool, to: Path) -> None:
     report.print_bars(bars)
     report.print_decodes(decodes(ring, 0.1 if quick else 0.5))
     report.print_besides(besides(ring, 0.1 if quick else 0.3))
+    report.print_besides(trainings(0.1 if quick else 0.5))
     lines = []
     for model in SHAPES:
         print(f"\n{model}, {cpu.current_isa()}\n{report.HEAD}")

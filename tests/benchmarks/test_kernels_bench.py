@@ -11,6 +11,7 @@ from kernels_attention import Attention, Heads
 from kernels_bars import Bar, as_json
 from kernels_edits import Case, Edits
 from kernels_timing import DTYPE, Ring, medians
+from kernels_training import Training
 
 from manylora.kernels import cpu
 
@@ -64,6 +65,21 @@ def test_attention_walks_through_layers() -> None:
     assert step.nbytes == 3 * 20 * 2 * 2 * 8 * 2
     assert len({cache.data_ptr() for cache in step.caches}) == len(step.caches) > 1
     step.ours(1)
+
+
+@needs_library
+def test_both_ways_of_training_compute_the_same() -> None:
+    ours, torchs = Training(Case(12, 3, 4, 40, 64)), Training(Case(12, 3, 4, 40, 64))
+    for name in ("x", "y", "dx", "dy", "a", "bt"):
+        getattr(torchs, name).copy_(getattr(ours, name))
+    before = ours.y.clone()
+    ours.forward(0)
+    torchs.torch_forward(0)
+    assert not torch.equal(ours.y, before)
+    ours.backward(0)
+    torchs.torch_backward(0)
+    for name in ("y", "dx", "da", "dbt"):
+        torch.testing.assert_close(getattr(ours, name), getattr(torchs, name), rtol=0.05, atol=0.2)
 
 
 def test_predictions() -> None:
