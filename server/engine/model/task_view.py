@@ -109,8 +109,12 @@ def lower_for(
     parameter: of our tree. Raises FailedPrecondition for a task that the base does not serve, and
     what `lower` raises.
     """
-    task = read_task(checkpoint.config)
     views = base.views
+    if checkpoint.config.get("task_type") is None and Task.CAUSAL_LM not in views:
+        # peft wrapped the encoder itself: with a head, its modules have other names
+        config = {**checkpoint.config, "task_type": Task.FEATURE_EXTRACTION.value}
+        checkpoint = replace(checkpoint, config=config)
+    task = read_task(checkpoint.config)
     view = views.get(task)
     if view is None:
         raise FailedPrecondition(

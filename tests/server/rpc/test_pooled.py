@@ -240,6 +240,18 @@ def test_embeddings(world: World) -> None:
             assert answer.adapter == (f"{reference(name)}@1" if name else "")
 
 
+def test_an_encoder_that_peft_wrapped_without_a_task(world: World, tmp_path: Path) -> None:
+    made = world.adapters["FEATURE_EXTRACTION-lora"]
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name).write_bytes((made / name).read_bytes())
+    _say(tmp_path, task_type=None)
+    world.stubs.publish("tenants/t", "no-task", tmp_path)
+    ids = some_ids(2, 9)
+    request = pb.EmbedRequest(adapter="t/no-task", prompt=ids_prompt(ids))
+    rows = peft_answer(world.base, tmp_path, "FEATURE_EXTRACTION", ids)
+    assert gap(world.stubs.inference.Embed(request).embedding, rows.mean(dim=0)) < TOLERANCE
+
+
 BAD, UNFIT = "INVALID_ARGUMENT", "FAILED_PRECONDITION"
 FIVE = ids_prompt([5])
 HALF_PAIR = pb.Prompt(pair=pb.TextPair(first="x"))
