@@ -21,9 +21,11 @@ from manylora.server.engine.types import (
     ResidencyState,
     StepRecord,
     Usage,
+    WeightedPart,
 )
 from manylora.server.http.endpoint import HttpEndpoint
 from manylora.server.observability import KeyValueFormatter, PrometheusObserver
+from manylora.server.rpc.resolve import composition_key
 
 STATS = EngineStats(
     waiting=1,
@@ -74,13 +76,15 @@ def test_adapter_labels_are_bounded() -> None:
     for number in range(5):
         observer.on_request(_request(_key(f"t/{number}")))
     observer.on_request(_request(_key("t/1", version=9)))
+    both = tuple(WeightedPart(f"t/{i}-1", f"t/{i}@1", 0.5) for i in range(2))
+    observer.on_request(_request(composition_key(both)))
     counts = {
         sample.labels["adapter"]: sample.value
         for family in observer.registry.collect()
         for sample in family.samples
         if sample.name == "manylora_adapter_requests_total"
     }
-    assert counts == {"t/0": 1, "t/1": 2, "other": 3}
+    assert counts == {"t/0": 1, "t/1": 2, "other": 3, "composition": 1}
 
 
 def test_steps() -> None:

@@ -11,12 +11,20 @@ from typing import Any
 import peft
 import pytest
 import torch
+from manylora_testing.classifiers import make_task_adapter, task_model, tiny_encoder
 from manylora_testing.engine import Answer, House
 from manylora_testing.methods import make_method, peft_rows
+from manylora_testing.tokenizer import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from manylora.errors import FailedPrecondition, NotFound
-from manylora.server.engine.types import AdapterKey, ResidencyState, WeightedPart
+from manylora.server.engine.types import (
+    AdapterKey,
+    PooledTask,
+    ResidencyState,
+    Rows,
+    WeightedPart,
+)
 from manylora.server.rpc.resolve import composition_key
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -185,4 +193,37 @@ async def test_one_that_cannot_be_is_its_own_requests_affair(
         assert refused.found is not None and refused.found.startswith("scaled outputs in model.")
     assert isinstance(results[1], NotFound)
     assert isinstance(results[3], Answer) and isinstance(results[4], Answer)
+    await house.check_nothing_is_held()
+
+
+@pytest.mark.parametrize("arch", ["llama", "bert"])
+async def test_embeddings_of_several(arch: str, start: Start, base: Path, tmp_path: Path) -> None:
+    """Adapters of the same task, that bring no head, are summed for it, too; classifiers bring
+    one."""
+    targets = ["q_proj", "down_proj"]
+    if arch == "bert":
+        base, targets = tiny_tokenizer(tiny_encoder(arch, tmp_path / "base")), ["query", "dense"]
+    tasks = {"first": "FEATURE_EXTRACTION", "second": "FEATURE_EXTRACTION", "class": "SEQ_CLS"}
+    made = {
+        name: make_task_adapter(
+            base, tmp_path / name, task, peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets)
+        )
+        for name, task in tasks.items()
+    }
+    house = await start(model=base)
+    house.fetch.directories |= made
+    both = key(first=0.75, second=-1.5)
+    pooled = await house.pool(PROMPT, both, PooledTask.EMBED, rows=Rows.LAST)
+    model = concatenated(
+        task_model(base, "FEATURE_EXTRACTION"), made, {"first": 0.75, "second": -1.5}
+    )
+    with torch.inference_mode():
+        right = model(input_ids=torch.tensor([PROMPT]))[0][0, -1]
+        plain = task_model(base, "FEATURE_EXTRACTION")(input_ids=torch.tensor([PROMPT]))[0][0, -1]
+    torch.testing.assert_close(torch.from_numpy(pooled.values[0]), right, rtol=0, atol=1e-4)
+    assert float((right - plain).abs().max()) > 1e-2
+    with pytest.raises(FailedPrecondition, match="found a head"):
+        await house.pool(PROMPT, key(**{"class": 0.5}), PooledTask.CLASSIFY)
+    with pytest.raises(FailedPrecondition, match="another task"):
+        await house.pool(PROMPT, both, PooledTask.CLASSIFY)
     await house.check_nothing_is_held()

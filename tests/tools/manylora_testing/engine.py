@@ -165,7 +165,7 @@ class House:
     async def pool(
         self,
         prompt: Sequence[int],
-        adapter: str,
+        adapter: str | AdapterKey,
         task: PooledTask,
         *,
         rows: Rows | None = None,
