@@ -37,7 +37,9 @@ STATS = EngineStats(
     slots_total=8,
     slots_used=3,
 )
-INFO = ModelInfo("base", "LlamaForCausalLM", "float32", "cpu", "cpu/avx2", 128, 256, 14, True, ())
+INFO = ModelInfo(
+    "base", "LlamaForCausalLM", "float32", "cpu", "cpu/avx2", 128, 256, 14, True, (), token_types=0
+)
 
 
 def _key(name: str, version: int = 1) -> AdapterKey:
