@@ -66,7 +66,9 @@ class Settings(BaseSettings):
     kv_cache_bytes: ByteSize = Field(
         ByteSize(_ENGINE.kv_cache_bytes), gt=0, description="Memory for the KV cache."
     )
-    block_size: int = Field(_ENGINE.block_size, ge=1, description="KV positions in a block.")
+    block_size: int = Field(
+        _ENGINE.block_size, ge=16, multiple_of=16, description="KV positions in a block."
+    )
     prefix_cache: bool = Field(
         _ENGINE.prefix_cache, description="Share the KV blocks of equal prompt beginnings."
     )

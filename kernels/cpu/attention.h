@@ -6,6 +6,8 @@
 
 namespace manylora {
 
+constexpr int64_t kMaxHeadDim = 1024;
+
 // kernels.attention.AttentionBatch
 struct Batch {
   const int32_t* seq_starts;
@@ -30,7 +32,8 @@ struct AttentionLayer {
   float softcap;  // 0: none
   int32_t dtype;
 
-  // Where a block's vectors of a KV head begin in a cache [blocks, kv_heads, block_size, head_dim].
+  // Where a block's vectors of a KV head begin in a cache [blocks, kv_heads, block_size, head_dim];
+  // attention_layout.h says how they lie there.
   __attribute__((always_inline)) int64_t place(int64_t block, int64_t head) const {
     return (block * kv_heads + head) * block_size * head_dim;
   }

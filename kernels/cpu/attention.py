@@ -1,4 +1,8 @@
-"""Paged attention and the KV write on the CPU: argument checks and the calls into C++."""
+"""Paged attention and the KV write on the CPU: argument checks and the calls into C++.
+
+A cache has the shape that the reference gives it, but how keys and values lie in a block is this
+backend's business (attention_layout.h): only `write_kv` and `rotary_write_kv` write it.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,8 @@ from manylora.kernels.cpu import library
 from manylora.kernels.cpu.library import INT64
 
 _DTYPES = library.DTYPES
+_GROUP = 16  # kGroup in attention_layout.h
+_MAX_HEAD_DIM = 1024  # kMaxHeadDim in attention.h
 
 _attend = library.kernel(
     "paged_attention",
@@ -71,6 +77,12 @@ def layer(
             "attention: wanted heads a multiple of the caches' kv_heads, one head_dim, one dtype; "
             f"found {heads} heads of {head_dim}, caches {tuple(k_shape)} and {tuple(v_shape)}, "
             f"{dtypes}"
+        )
+    odd = head_dim % 2 and dtypes[0] == torch.bfloat16
+    if block_size % _GROUP or head_dim > _MAX_HEAD_DIM or odd:
+        raise ValueError(
+            f"attention: wanted a block_size that is a multiple of {_GROUP}, a head_dim of at most "
+            f"{_MAX_HEAD_DIM}, an even one in bfloat16; found {block_size}, {head_dim}, {dtypes[0]}"
         )
     sizes = (heads, kv_heads, head_dim, block_size, window)
     found = Layer(*sizes, slopes or None, sinks or None, scale, softcap, _DTYPES[dtypes[0]])

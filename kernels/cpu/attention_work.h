@@ -17,6 +17,8 @@ constexpr int64_t kSplit = 512;
 constexpr int64_t kUnitLines = 64;
 // More tasks than threads, so that a slow one does not hold up the call.
 constexpr int64_t kTasksPerThread = 8;
+// What is kept of each line alone is padded to so many.
+constexpr int64_t kLineStep = 16;
 
 MANYLORA_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 MANYLORA_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -63,27 +65,19 @@ struct Task {
   int64_t first_split, splits;
 };
 
-// Sizes of one call, in elements; width and depth are head_dim padded to whole vectors and pairs.
+// Sizes of one call, in elements.
 struct Sizes {
   int64_t group;      // query heads of a KV head
   int64_t unit_rows;  // of the largest unit
   int64_t lines;      // of the largest unit
-  int64_t depth;
-  int64_t width;
+  int64_t head_dim;
+  int64_t width;  // head_dim, padded to whole vectors
+  bool amx;
 };
 
-// A softmax under way: highest score, sum of weights, weighted sum of values of each line.
-struct Part {
-  float* top;  // [lines]
-  float* sum;  // [lines]
-  float* acc;  // [lines][width]
-};
+// A softmax under way (attention_scratch.h).
 MANYLORA_INLINE int64_t part_floats(int64_t lines, int64_t width) {
-  return round_up(lines * (width + 2), 16);
-}
-MANYLORA_INLINE Part part_at(float* memory, int64_t lines, int64_t width) {
-  float* const top = memory + lines * width;
-  return {top, top + lines, memory};
+  return round_up(2 * round_up(lines, kLineStep) + lines * width, kLineStep);
 }
 
 // The keys that the row at `position` sees, within [lo, hi).

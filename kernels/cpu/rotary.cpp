@@ -1,7 +1,7 @@
 // Rotary embedding of one packed qkv row at a time: q in place, k on its way into the cache, and v
 // copied beside it. Dimension i of a head is rotated with dimension i + half; the rest is kept.
 
-#include "attention.h"
+#include "attention_layout.h"
 #include "rows.h"
 #include "types.h"
 
@@ -32,13 +32,14 @@ static void rotary_rows(T* qkv, int64_t stride, const float* cos, const float* s
     T* const k = q + layer.heads * d;
     T* const v = k + layer.kv_heads * d;
     const float *const c = cos + row * half, *const s = sin + row * half;
-    const int64_t block = batch.slot_mapping[row] / layer.block_size;
-    const int64_t offset = batch.slot_mapping[row] % layer.block_size;
+    const int64_t slot = batch.slot_mapping[row], position = slot % kGroup;
     for (int64_t h = 0; h < layer.heads; ++h) rotate(q + h * d, c, s, half, d, q + h * d);
     for (int64_t h = 0; h < layer.kv_heads; ++h) {
-      const int64_t place = layer.place(block, h) + offset * d;
-      rotate(k + h * d, c, s, half, d, k_cache + place);
-      memcpy(v_cache + place, v + h * d, static_cast<size_t>(d) * sizeof(T));
+      T rotated[kMaxHeadDim];
+      rotate(k + h * d, c, s, half, d, rotated);
+      const int64_t group = group_of(layer, slot, h);
+      write_key(k_cache + group, position, rotated, d);
+      write_value(v_cache + group, position, v + h * d, d);
     }
   });
 }

@@ -12,7 +12,7 @@ constexpr int kBlockLines = kManyRegisters ? 6 : 4;
 constexpr int kBlockVecs = kManyRegisters ? 4 : 2;
 
 template <class E, int M, int N>
-MANYLORA_INLINE void product_block(const Hidden<E>* a, int64_t a_stride, const E* b,
+MANYLORA_INLINE void product_block(const Hidden<E>* a, int64_t a_stride, const E* const (&b)[N],
                                    int64_t b_stride, int64_t depth, const float* keep, float* c,
                                    int64_t c_stride) {
   Vec acc[M][N];
@@ -21,14 +21,13 @@ MANYLORA_INLINE void product_block(const Hidden<E>* a, int64_t a_stride, const E
       acc[m][n] = keep ? mul(splat(keep[m]), load(c + m * c_stride + n * kLanes)) : zero();
     }
   }
-  for (int64_t k = 0; k < depth; k += kDepth<E>) {
+  for (int64_t k = 0, at = 0; k < depth; k += kDepth<E>, at += b_stride) {
     Operand<E> right[N];
-    for (int n = 0; n < N; ++n) right[n] = load_operand<E>(b + n * kStep<E>);
+    for (int n = 0; n < N; ++n) right[n] = load_operand<E>(b[n] + at);
     for (int m = 0; m < M; ++m) {
       const Operand<E> left = broadcast<E>(a + m * a_stride + k);
       for (int n = 0; n < N; ++n) acc[m][n] = dot(acc[m][n], left, right[n]);
     }
-    b += b_stride;
   }
   for (int m = 0; m < M; ++m) {
     for (int n = 0; n < N; ++n) store(c + m * c_stride + n * kLanes, acc[m][n]);
@@ -36,8 +35,8 @@ MANYLORA_INLINE void product_block(const Hidden<E>* a, int64_t a_stride, const E
 }
 
 template <class E, int N>
-static void product_lines(int64_t lines, const Hidden<E>* a, int64_t a_stride, const E* b,
-                          int64_t b_stride, int64_t depth, const float* keep, float* c,
+static void product_lines(int64_t lines, const Hidden<E>* a, int64_t a_stride,
+                          const E* const (&b)[N], int64_t b_stride, int64_t depth, const float* keep, float* c,
                           int64_t c_stride) {
   for (int64_t m = 0; m < lines; m += kBlockLines) {
     const Hidden<E>* am = a + m * a_stride;
@@ -61,15 +60,18 @@ struct Count {
 };
 
 // c [lines][vecs * kLanes] = keep[line] * c + a b; without keep, c = a b.
-// a: [lines][depth], b: [depth / kDepth][vecs * kLanes][kDepth]; strides in elements.
+// a: [lines][depth]; vector(n): where the n-th vector of b's columns begins, [depth / kDepth] steps
+// of b_stride; strides in elements.
 // Each element of c is one accumulator's sum over ascending depth, whatever the product's size.
-template <class E>
-static void product(int64_t lines, int64_t vecs, const Hidden<E>* a, int64_t a_stride, const E* b,
-                    int64_t b_stride, int64_t depth, const float* keep, float* c,
-                    int64_t c_stride) {
+template <class E, class Vector>
+static void product(int64_t lines, int64_t vecs, const Hidden<E>* a, int64_t a_stride,
+                    const Vector& vector, int64_t b_stride, int64_t depth, const float* keep,
+                    float* c, int64_t c_stride) {
   const auto columns = [&](int64_t n, auto count) {
-    product_lines<E, decltype(count)::value>(lines, a, a_stride, b + n * kStep<E>, b_stride, depth,
-                                             keep, c + n * kLanes, c_stride);
+    const E* b[decltype(count)::value];
+    for (int i = 0; i < decltype(count)::value; ++i) b[i] = vector(n + i);
+    product_lines<E, decltype(count)::value>(lines, a, a_stride, b, b_stride, depth, keep,
+                                             c + n * kLanes, c_stride);
   };
   int64_t n = 0;
   for (; n + kBlockVecs <= vecs; n += kBlockVecs) columns(n, Count<kBlockVecs>());

@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from manylora.adapters_store.edits import LoweredAdapter
 from manylora.adapters_store.files import CONFIG_FILE, WEIGHTS_FILE
 from manylora.errors import FailedPrecondition
+from manylora.kernels import make_batch
 from manylora.server.engine.model import AdaptedModel, EncoderModel, VirtualRows
 from manylora.server.engine.packing import PackedPrefix
 from manylora.server.engine.pool import Arena
@@ -69,15 +71,18 @@ def write_prefix(
     model: AdaptedModel, block_size: int, prefix: Prefix, blocks: Sequence[int], first: int
 ) -> None:
     """Copies the keys and values of tokens `first` onward into a sequence's blocks."""
-    count = prefix.tokens - first
-    rows = keys_values(model.step.pool, prefix, first, len(model.layers))
-    positions = torch.arange(first, prefix.tokens)
-    block = torch.tensor(blocks)[positions // block_size].to(rows.device)
-    offset = (positions % block_size).to(rows.device)
+    step, count = model.step, prefix.tokens - first
+    rows = keys_values(step.pool, prefix, first, len(model.layers))
+    batch = make_batch(
+        np.array([count], np.int32),
+        np.array([prefix.tokens], np.int32),
+        np.array([blocks], np.int32),
+        block_size,
+        rows.device,
+    )
     for i, layer in enumerate(model.layers):
-        shape = (count, layer.call.kv_heads, layer.call.head_dim)
-        layer.k_cache[block, :, offset] = rows[:, i, 0].reshape(shape)
-        layer.v_cache[block, :, offset] = rows[:, i, 1].reshape(shape)
+        k, v = rows[:, i].unflatten(2, (layer.call.kv_heads, layer.call.head_dim)).unbind(1)
+        step.kernels.write_kv(k, v, layer.k_cache, layer.v_cache, batch)
 
 
 def check_prefix(

@@ -14,7 +14,7 @@ class EngineSettings:
     device: str = "auto"  # "auto" (the best there is), "cpu", "cuda"
     kernels: str = "auto"  # "auto" (the device's best) or a backend's name
     max_context: int = 0  # tokens of prompt and answer; 0: the model's own limit
-    block_size: int = 16  # KV positions per block
+    block_size: int = 16  # KV positions per block; the CPU's kernels want a multiple of 16
     kv_cache_bytes: int = 1 << 30
     max_batch_tokens: int = 512  # rows in a step
     max_sequences: int = 64  # running at once

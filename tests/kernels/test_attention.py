@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from attention_steps import Step, error_bound, make_step
+from attention_steps import Step, error_bound, make_step, packed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -19,10 +19,10 @@ pytestmark = pytest.mark.skipif(not cpu.available(), reason=cpu.why_unavailable(
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SHAPES = {
-    "tiny": {"heads": 6, "kv_heads": 2, "head_dim": 8, "block_size": 4},
-    "odd": {"heads": 3, "kv_heads": 3, "head_dim": 7, "block_size": 1},
+    "tiny": {"heads": 6, "kv_heads": 2, "head_dim": 8, "block_size": 16},
+    "odd": {"heads": 3, "kv_heads": 3, "head_dim": 6, "block_size": 48},
     "smollm2": {"heads": 9, "kv_heads": 3, "head_dim": 64, "block_size": 16},
-    "phi": {"heads": 2, "kv_heads": 2, "head_dim": 80, "block_size": 12},
+    "phi": {"heads": 2, "kv_heads": 2, "head_dim": 80, "block_size": 32},
     "falcon": {"heads": 71, "kv_heads": 1, "head_dim": 12, "block_size": 32},
     "wide": {"heads": 4, "kv_heads": 1, "head_dim": 256, "block_size": 16},
 }
@@ -43,7 +43,7 @@ def per_head(heads: int, seed: int = 0) -> torch.Tensor:
 def check(step: Step, dtype: torch.dtype, **options: Any) -> None:
     q, k_cache, v_cache, batch = step.tensors
     want = reference.paged_attention(q.float(), k_cache.float(), v_cache.float(), batch, **options)
-    got = cpu.paged_attention(q, k_cache, v_cache, batch, **options)
+    got = cpu.paged_attention(q, *packed(k_cache, v_cache), batch, **options)
     assert got.dtype == dtype and got.is_contiguous()
     error = (got.float() - want).abs() - error_bound(step, dtype, **options)
     assert (error <= 0).all(), f"beyond the bound by {error.max()}"
@@ -87,8 +87,8 @@ def test_drawn(data: st.DataObject) -> None:
         context,
         heads=kv_heads * group,
         kv_heads=kv_heads,
-        head_dim=draw(st.integers(1, 40)),
-        block_size=draw(st.integers(1, 40)),
+        head_dim=draw(st.integers(1, 40)) * (2 if dtype == torch.bfloat16 else 1),
+        block_size=draw(st.sampled_from([16, 32, 48])),
         dtype=dtype,
         window=window,
         seed=draw(st.integers(0, 9)),
@@ -102,7 +102,8 @@ def test_drawn(data: st.DataObject) -> None:
 
 
 def attend(step: Step, **options: Any) -> torch.Tensor:
-    return cpu.paged_attention(*step.tensors, scale=0.25, **options)
+    caches = packed(step.k_cache, step.v_cache)
+    return cpu.paged_attention(step.q, *caches, step.batch, scale=0.25, **options)
 
 
 def part_of(step: Step, sequence: int, rows: int, context: int) -> Step:
@@ -130,10 +131,10 @@ def test_bits_do_not_depend_on_neighbours(dtype: torch.dtype, window: int) -> No
         assert torch.equal(alone, together[step.batch.seq_starts[s] : step.batch.seq_starts[s + 1]])
 
 
-@pytest.mark.parametrize("window", [0, 21])
-def test_bits_do_not_depend_on_chunks(dtype: torch.dtype, window: int) -> None:
+@pytest.mark.parametrize(("window", "head_dim"), [(0, 20), (21, 48)])
+def test_bits_do_not_depend_on_chunks(dtype: torch.dtype, window: int, head_dim: int) -> None:
     n = 570
-    step = make_step([n], [n], heads=6, kv_heads=2, head_dim=20, block_size=8, dtype=dtype)
+    step = make_step([n], [n], heads=6, kv_heads=2, head_dim=head_dim, dtype=dtype)
     whole = attend(step, window=window, softcap=5.0)
     rng = np.random.default_rng(0)
     for most in (1, 3, 40, 300):
@@ -170,9 +171,9 @@ def test_a_broken_neighbour_changes_nothing(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("at", [17, 18])
 def test_a_row_does_not_feel_later_or_forgotten_keys(dtype: torch.dtype, at: int) -> None:
-    step = make_step([40], [40], block_size=8, dtype=dtype)
+    step = make_step([40], [40], dtype=dtype)
     clean = attend(step, window=5)
-    block, offset = int(step.table[0, at // 8]), at % 8
+    block, offset = int(step.table[0, at // 16]), at % 16
     step.k_cache[block, :, offset] = torch.nan
     step.v_cache[block, :, offset] = torch.nan
     broken = attend(step, window=5)
@@ -185,20 +186,22 @@ def test_a_row_does_not_feel_later_or_forgotten_keys(dtype: torch.dtype, at: int
 def test_strided_queries(dtype: torch.dtype) -> None:
     step = make_step([1, 9], [30, 40], heads=4, dtype=dtype)
     want = attend(step)
-    packed = torch.full((10, 4 * 16 + 70), torch.nan, dtype=dtype)
-    packed[:, 3 : 3 + 64] = step.q.flatten(1)
+    qkv = torch.full((10, 4 * 16 + 70), torch.nan, dtype=dtype)
+    qkv[:, 3 : 3 + 64] = step.q.flatten(1)
     heads_first = step.q.transpose(0, 1).contiguous().transpose(0, 1)
-    for q in (packed[:, 3 : 3 + 64].view(10, 4, 16), heads_first):
-        got = cpu.paged_attention(q, *step.tensors[1:], scale=0.25)
+    caches = packed(step.k_cache, step.v_cache)
+    for q in (qkv[:, 3 : 3 + 64].view(10, 4, 16), heads_first):
+        got = cpu.paged_attention(q, *caches, step.batch, scale=0.25)
         assert got.is_contiguous() and torch.equal(got, want)
 
 
 def test_shared_prefix_blocks() -> None:
-    step = make_step([4, 4], [40, 40], block_size=8)
+    step = make_step([4, 4], [40, 40])
     table = step.table.copy()
-    table[1, :4] = table[0, :4]
-    batch = make_batch(np.array([4, 4], np.int32), np.array([40, 40], np.int32), table, 8)
-    got = cpu.paged_attention(step.q, step.k_cache, step.v_cache, batch, scale=0.25)
+    table[1, :2] = table[0, :2]
+    batch = make_batch(np.array([4, 4], np.int32), np.array([40, 40], np.int32), table, 16)
+    caches = packed(step.k_cache, step.v_cache)
+    got = cpu.paged_attention(step.q, *caches, batch, scale=0.25)
     want = reference.paged_attention(step.q, step.k_cache, step.v_cache, batch, scale=0.25)
     torch.testing.assert_close(got, want)
 
@@ -218,17 +221,17 @@ def test_no_rows() -> None:
     assert attend(step).shape == (0, 4, 16)
 
 
-@pytest.mark.parametrize("head_dim", [1, 8, 64, 80])
+@pytest.mark.parametrize("head_dim", [2, 8, 64, 80])
 def test_write_kv(dtype: torch.dtype, head_dim: int) -> None:
     step = make_step([1, 40, 0, 7], [9, 40, 3, 90], head_dim=head_dim, dtype=dtype)
     rows = step.batch.rows
     kv = torch.randn(rows, 3, 2, head_dim).to(dtype)  # strided: between k and v lies something
     guarded = torch.full((2, step.k_cache.numel() + 64), 7.0, dtype=dtype)
     caches = [row[32:-32].view_as(step.k_cache) for row in guarded]
-    wanted = [cache.clone() for cache in caches]
+    wanted = [torch.full_like(cache, 7.0) for cache in caches]
     cpu.write_kv(kv[:, 0], kv[:, 2], *caches, step.batch)
     reference.write_kv(kv[:, 0], kv[:, 2], *wanted, step.batch)
-    assert torch.equal(torch.stack(caches), torch.stack(wanted))
+    assert torch.equal(torch.stack(caches), torch.stack(packed(*wanted)))
     assert (guarded[:, :32] == 7).all() and (guarded[:, -32:] == 7).all()
 
 
@@ -248,6 +251,10 @@ def test_misfits_are_refused() -> None:
     for tensors in wrong:
         with pytest.raises(ValueError, match="attention: wanted"):
             cpu.paged_attention(*tensors, batch, scale=1.0)
+    small, odd = torch.zeros(2, 2, 8, 16), torch.zeros(2, 2, 16, 15, dtype=torch.bfloat16)
+    for cache, queries in ((small, q), (odd, q[..., :15].to(odd.dtype))):
+        with pytest.raises(ValueError, match="block_size that is a multiple of 16"):
+            cpu.paged_attention(queries, cache, cache, batch, scale=1.0)
     with pytest.raises(ValueError, match="sinks: found"):
         cpu.paged_attention(q, k_cache, v_cache, batch, scale=1.0, sinks=torch.zeros(3))
     for keys, values in ((k[:1], k[:1]), (q, q), (k.half(), k), (k, k[..., :4])):

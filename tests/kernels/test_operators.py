@@ -51,7 +51,7 @@ def edits() -> tuple[SliceGroup, torch.Tensor, EditTable, Plan]:
 def attention_batch() -> dict[str, torch.Tensor]:
     counts, context = np.array([1, 3], np.int32), np.array([5, 3], np.int32)
     table = np.array([[2, 0], [1, 3]], np.int32)
-    batch = make_batch(counts, context, table, block_size=4)
+    batch = make_batch(counts, context, table, block_size=16)
     names = ("seq_starts", "context", "block_table", "slot_mapping")
     return {name: getattr(batch, name) for name in names}
 
@@ -79,7 +79,7 @@ def backward_arguments() -> tuple[object, ...]:
 
 
 def attention_arguments(q_only: bool) -> tuple[object, ...]:
-    caches = normal(4, 2, 4, 8), normal(4, 2, 4, 8, seed=1)
+    caches = normal(4, 2, 16, 8), normal(4, 2, 16, 8, seed=1)
     batch = attention_batch().values()
     if q_only:
         how = (0.3, 2, 5.0, normal(4), None, None, None, "")
@@ -88,7 +88,7 @@ def attention_arguments(q_only: bool) -> tuple[object, ...]:
 
 
 def rotary_arguments() -> tuple[object, ...]:
-    caches = normal(4, 2, 4, 8), normal(4, 2, 4, 8, seed=1)
+    caches = normal(4, 2, 16, 8), normal(4, 2, 16, 8, seed=1)
     return normal(4, 64), normal(4, 3), normal(4, 3), *caches, *attention_batch().values(), ""
 
 
@@ -135,13 +135,11 @@ def test_a_serving_step_is_traced_whole(backend: Backend) -> None:
     x, weight, batch = (
         normal(7, 6),
         normal(6),
-        make_batch(
-            np.array([7], np.int32), np.array([7], np.int32), np.array([[0, 1]], np.int32), 4
-        ),
+        make_batch(np.array([7], np.int32), np.array([7], np.int32), np.array([[0]], np.int32), 16),
     )
 
     def step(x: torch.Tensor, name: str) -> tuple[torch.Tensor, ...]:
-        k_cache, v_cache, y = torch.zeros(2, 1, 4, 4), torch.zeros(2, 1, 4, 4), torch.ones(7, 8)
+        k_cache, v_cache, y = torch.zeros(1, 1, 16, 4), torch.zeros(1, 1, 16, 4), torch.ones(7, 8)
         normed, _ = operators.rms_norm(x, weight, 1e-5, backend=name)
         operators.apply_edits_(y, normed, group, pool, table, plan, name)
         k = y.view(7, 2, 4)[:, :1]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_steps import make_step
+from attention_steps import make_step, packed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -153,14 +153,14 @@ def test_activations_of_what_is_not_finite(activation: str) -> None:
 
 
 def check_rotary(heads: int, kv_heads: int, head_dim: int, half: int, dtype: torch.dtype) -> None:
-    sizes = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "block_size": 8}
+    sizes = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
     step = make_step([1, 9, 0, 3], [12, 9, 4, 30], dtype=dtype, **sizes)
     rows = step.batch.rows
     qkv = normal(0, rows, (heads + 2 * kv_heads) * head_dim, dtype=dtype)
     angles = normal(1, rows, half) * 10
     cos, sin = angles.cos(), angles.sin()
-    caches, canaries = zip(*(guarded(c) for c in (step.k_cache, step.v_cache)), strict=True)
-    wanted = [cache.clone() for cache in caches]
+    caches, canaries = zip(*map(guarded, packed(step.k_cache, step.v_cache)), strict=True)
+    wanted = step.k_cache.clone(), step.v_cache.clone()
     ours, theirs = strided(qkv), qkv.clone()
     around = ours.clone()
     got = small.rotary_write_kv(ours, cos, sin, *caches, step.batch)
@@ -168,13 +168,13 @@ def check_rotary(heads: int, kv_heads: int, head_dim: int, half: int, dtype: tor
     assert got.data_ptr() == ours.data_ptr() and got.shape == (rows, heads, head_dim)
     close(got, want)
     assert torch.equal(ours[:, heads * head_dim :], around[:, heads * head_dim :])
-    for cache, other in zip(caches, wanted, strict=True):
+    for cache, other in zip(caches, packed(*wanted), strict=True):
         torch.testing.assert_close(cache, other, equal_nan=True, **TOLERANCE[dtype])
     assert all((canary == 7).all() for canary in canaries)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("head_dim", [2, 7, 12, 64, 80])
+@pytest.mark.parametrize("head_dim", [2, 6, 12, 64, 80])
 def test_rotary(head_dim: int, dtype: torch.dtype) -> None:
     for half in {head_dim // 2, head_dim // 4, 0}:
         check_rotary(6, 2, head_dim, half, dtype)
@@ -184,7 +184,7 @@ def test_rotary(head_dim: int, dtype: torch.dtype) -> None:
 @given(st.data())
 def test_rotary_drawn(data: st.DataObject) -> None:
     draw = data.draw
-    kv_heads, head_dim = draw(st.integers(1, 3)), draw(st.integers(1, 70))
+    kv_heads, head_dim = draw(st.integers(1, 3)), 2 * draw(st.integers(1, 35))
     heads, half = kv_heads * draw(st.integers(1, 4)), draw(st.integers(0, head_dim // 2))
     check_rotary(heads, kv_heads, head_dim, half, draw(st.sampled_from(DTYPES)))
 

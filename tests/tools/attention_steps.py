@@ -66,6 +66,14 @@ def make_step(
     return Step(q, k_cache, v_cache, batch, table, keys, values)
 
 
+def packed(k_cache: torch.Tensor, v_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Caches as the CPU's kernels keep them (attention_layout.h)."""
+    depth = 2 if k_cache.dtype == torch.bfloat16 else 1
+    k = k_cache.unflatten(2, (-1, 16)).unflatten(4, (-1, depth)).transpose(3, 4)
+    v = v_cache.unflatten(2, (-1, 16 // depth, depth)).transpose(4, 5)
+    return k.contiguous().view(k_cache.shape), v.contiguous().view(v_cache.shape)
+
+
 def error_bound(step: Step, dtype: torch.dtype, **options: object) -> torch.Tensor:
     """How far from the float32 result a result in `dtype` may be: a rounding of every weight and
     one of the result; in float32 the error of the scores, too."""

@@ -48,8 +48,8 @@ def text_of(house: House, prompt: list[int], tokens: list[int]) -> str:
 async def test_greedy_is_the_oracles(start: Start, oracle: Oracle, kernels: str) -> None:
     """Base rows and adapters of different ranks and targets in one batch; prompts shorter and
     longer than a block and than a step."""
-    house = await start(kernels=kernels, block_size=4, max_batch_tokens=24, max_sequences=16)
-    lengths = [0, 2, 3, 4, 7, 8, 22, 23, 24, 50, 100]
+    house = await start(kernels=kernels, max_batch_tokens=24, max_sequences=16)
+    lengths = [0, 2, 3, 14, 15, 16, 22, 23, 24, 50, 100]
     asked = [prompts(1, i, 1)[0] for i in range(len(lengths))]
     rng = random.Random(1)
     asked = [[*(rng.randrange(3, 290) for _ in range(n)), LETTER] for n in lengths]
@@ -116,9 +116,10 @@ async def test_logprobs_are_the_oracles(start: Start, oracle: Oracle) -> None:
 
 
 async def test_a_cached_prefix_gives_the_same_answer(start: Start, oracle: Oracle) -> None:
-    house = await start(block_size=4)
-    prompt = prompts(1, seed=8)[0] * 2
-    whole = (len(prompt) - 1) // 4 * 4
+    house = await start()
+    prompt = prompts(1, seed=8)[0] * 6
+    whole = (len(prompt) - 1) // 16 * 16
+    assert whole
     for adapter, cached in (("adapter-1", 0), ("adapter-1", whole), ("adapter-2", 0), ("", 0)):
         answer = await house.ask(prompt, adapter, max_tokens=6, ignore_eos=True)
         assert answer.usage is not None

@@ -106,7 +106,7 @@ async def ask(house: House, adapter: str | AdapterKey, prompt: list[int] = PROMP
 async def test_mixed_batch_is_pefts(
     start: Start, model: Any, others: dict[str, Path], adapters: dict[str, Path]
 ) -> None:
-    house = await start(max_batch_tokens=16, block_size=4)
+    house = await start(max_batch_tokens=16)
     house.fetch.directories |= others
     loras = [
         {"adapter-0": 0.7, "adapter-1": 0.3},
@@ -139,15 +139,16 @@ async def test_mixed_batch_is_pefts(
 
 
 async def test_the_cache_of_one_is_not_anothers(start: Start, model: Any, adapters: Any) -> None:
-    house = await start(block_size=4)
+    house = await start()
+    prompt = PROMPT * 2
     first = key(adapter_0=0.7, adapter_1=0.3)
     for adapter in (first, key(adapter_0=0.3, adapter_1=0.7), key(adapter_0=0.7), "adapter-0", ""):
-        for cached in (0, 8):
-            answer = await ask(house, adapter)
+        for cached in (0, 16):
+            answer = await ask(house, adapter, prompt)
             assert answer.usage is not None and answer.usage.cached_tokens == cached
-    swapped = await ask(house, key(adapter_1=0.3, adapter_0=0.7))
-    assert swapped.usage is not None and swapped.usage.cached_tokens == 8
-    check(concatenated(model, adapters, {"adapter-0": 0.7, "adapter-1": 0.3}), swapped)
+    swapped = await ask(house, key(adapter_1=0.3, adapter_0=0.7), prompt)
+    assert swapped.usage is not None and swapped.usage.cached_tokens == 16
+    check(concatenated(model, adapters, {"adapter-0": 0.7, "adapter-1": 0.3}), swapped, prompt)
     assert house.fetch.fetched.count("adapter-1") == 2  # of two compositions, swapped or not
     await house.check_nothing_is_held()
 

@@ -272,7 +272,7 @@ async def test_messages_that_a_broken_engine_never_reads(house: House) -> None:
 
 
 async def test_what_the_observer_is_told(start: Start) -> None:
-    house = await start(block_size=4)
+    house = await start()
     await house.ask(PROMPT, "adapter-1", max_tokens=5, ignore_eos=True)
     await house.settled()
     [record] = house.seen.requests

@@ -22,7 +22,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 Start = Callable[..., Awaitable[House]]
 INVOKE = [60, 61]
 OTHER = [62]
-CONTEXT = list(range(70, 90))  # five blocks of four
+CONTEXT = list(range(70, 118))  # three blocks
+TAIL = list(range(200, 215))
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def invoked(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
 
 @pytest.fixture
 async def house(start: Start, invoked: dict[str, Path]) -> House:
-    house = await start(block_size=4, max_batch_tokens=10)
+    house = await start(max_batch_tokens=8)
     house.fetch.directories |= invoked
     return house
 
@@ -94,7 +95,7 @@ async def ask(house: House, adapter: str, prompt: list[int]) -> Answer:
 
 PROMPTS = [
     [*CONTEXT, *INVOKE, 9],  # at a block's start
-    [*CONTEXT[:7], *INVOKE, 9, 8],  # across two blocks, and two chunks
+    [*CONTEXT[:15], *INVOKE, 9, 8],  # across two blocks, and two chunks
     [*INVOKE, *CONTEXT[:5], *INVOKE, 9],  # the last one counts
     [*INVOKE, *CONTEXT],  # from the first token on
     [*CONTEXT[:9], *INVOKE],  # at the very end
@@ -137,27 +138,27 @@ async def test_blocks_before_are_shared_with_the_base(house: House, model: Any) 
         assert answer.usage is not None
         return answer.usage.cached_tokens
 
-    prompt = [*CONTEXT, *INVOKE, 9, 8, 7]
+    prompt = [*CONTEXT, *INVOKE, *TAIL]
     assert await cached("first", prompt) == 0
-    assert await cached("second", prompt) == 20  # all before the invocation, and no more
-    assert await cached("", [*CONTEXT, 9]) == 20
-    assert await cached("other", [*CONTEXT, *OTHER, 9, 8]) == 20
-    assert await cached("first", prompt) == 24
-    later = [*CONTEXT, *INVOKE, 9, 8, *INVOKE, 5]  # the same tokens, but not acted on yet
-    assert await cached("first", later) == 20
-    assert await cached("", later) == 24
-    assert await cached("first", later) == 24
-    inside = [*CONTEXT[:14], *INVOKE, *CONTEXT[:6]]
-    assert await cached("", inside) == 12
-    assert await cached("first", inside) == 12  # not the base's fourth block
-    assert await cached("second", inside) == 12
-    assert await cached("first", inside) == 20
+    assert await cached("second", prompt) == 48  # all before the invocation, and no more
+    assert await cached("", [*CONTEXT, 9]) == 48
+    assert await cached("other", [*CONTEXT, *OTHER, 9, 8]) == 48
+    assert await cached("first", prompt) == 64
+    later = [*CONTEXT, *INVOKE, *TAIL[:14], *INVOKE, 5]  # the same tokens, but not acted on yet
+    assert await cached("first", later) == 48
+    assert await cached("", later) == 64
+    assert await cached("first", later) == 64
+    inside = [*CONTEXT[:46], *INVOKE, *CONTEXT[:18]]
+    assert await cached("", inside) == 32
+    assert await cached("first", inside) == 32  # not the base's third block
+    assert await cached("second", inside) == 32
+    assert await cached("first", inside) == 64
     await house.check_nothing_is_held()
 
 
 async def test_blocks_are_held_once(start: Start, invoked: dict[str, Path], model: Any) -> None:
     """While they run together, too."""
-    house = await start(block_size=4, max_batch_tokens=64)
+    house = await start(max_batch_tokens=64)
     house.fetch.directories |= invoked
     names = ["first", "second", "other", ""]
     prompts = [[*CONTEXT, *(OTHER if name == "other" else INVOKE), 9] for name in names]
@@ -170,13 +171,13 @@ async def test_blocks_are_held_once(start: Start, invoked: dict[str, Path], mode
     together = [s.stats for s in house.seen.steps if s.sequences == 4]
     assert together
     most = max(stats.blocks_total - stats.blocks_free for stats in together)
-    assert most <= 5 + 4 * 3  # and not 4 * 8
+    assert most <= 3 + 4  # and not 4 * 4
     await house.check_nothing_is_held()
 
 
 async def test_preempted(start: Start, invoked: dict[str, Path], model: Any) -> None:
     """So few blocks that sequences are computed again, from before and behind the invocation."""
-    house = await start(block_size=4, kv_cache_bytes=14 * 4 * 2 * 2 * 16 * 2 * 4)
+    house = await start(kv_cache_bytes=7 * 16 * 2 * 2 * 16 * 2 * 4)
     house.fetch.directories |= invoked
     prompts = [[*CONTEXT[: 5 + i], *INVOKE, 70 + i] for i in range(5)]
     names = ["first", "second", "first", "", "second"]

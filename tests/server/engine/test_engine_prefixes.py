@@ -40,8 +40,8 @@ def before(model: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
 
 @pytest.fixture
 async def house(start: Start, before: dict[str, Path]) -> House:
-    """Steps and blocks so small that the adapters' own tokens take several."""
-    house = await start(block_size=4, max_batch_tokens=10, max_context=64)
+    """Steps so small that the adapters' own tokens take several, as they do blocks."""
+    house = await start(max_batch_tokens=10, max_context=64)
     house.fetch.directories |= before
     return house
 
@@ -75,7 +75,7 @@ async def test_own_tokens_are_shared(
     start: Start, before: dict[str, Path], model: Any, name: str, prefix_cache: bool
 ) -> None:
     """Sequences take blocks of their own only behind the full ones of the adapter's tokens."""
-    house = await start(block_size=4, prefix_cache=prefix_cache)
+    house = await start(prefix_cache=prefix_cache)
     house.fetch.directories |= before
     check(model, before[name], await house.ask(PROMPT, name, max_tokens=2, ignore_eos=True))
     asked = [[70 + i, *PROMPT] for i in range(3)]
@@ -88,8 +88,8 @@ async def test_own_tokens_are_shared(
         strict=True,
     ):
         check(model, before[name], answer, prompt)
-    shared = OWN[name] // 4
-    alone = -(-(OWN[name] + 5 + 16) // 4)
+    shared = OWN[name] // 16
+    alone = -(-(OWN[name] + 5 + 16) // 16)
     together = [s.stats for s in house.seen.steps if s.sequences == 3]
     assert together
     used = max(stats.blocks_total - stats.blocks_free for stats in together)
@@ -98,11 +98,11 @@ async def test_own_tokens_are_shared(
 
 
 async def test_usage_counts_the_prompt_alone(house: House) -> None:
-    for cached in (0, 7):
-        answer = await house.ask([*PROMPT, *PROMPT], "prompt", max_tokens=3, ignore_eos=True)
+    for cached in (0, 27):
+        answer = await house.ask(PROMPT * 7, "prompt", max_tokens=3, ignore_eos=True)
         assert answer.usage is not None
-        assert answer.usage.prompt_tokens == 8
-        assert answer.usage.cached_tokens == cached  # 28 of 29 tokens, 21 of them the adapter's
+        assert answer.usage.prompt_tokens == 28
+        assert answer.usage.cached_tokens == cached  # 48 of 49 tokens, 21 of them the adapter's
         assert answer.usage.completion_tokens == 3
 
 
@@ -138,9 +138,9 @@ async def test_preempted_and_moved(
 ) -> None:
     """So few blocks that sequences are preempted and own tokens are computed or copied again; and
     an arena that lies elsewhere by then."""
-    house = await start(block_size=4, kv_cache_bytes=12 * 4 * 2 * 2 * 16 * 2 * 4)
+    house = await start(kv_cache_bytes=8 * 16 * 2 * 2 * 16 * 2 * 4)
     house.fetch.directories |= before
-    assert house.engine.stats().blocks_total == 12
+    assert house.engine.stats().blocks_total == 8
     await house.load("adapter-1")
     await house.load(name)
     await house.engine.unload_adapter("adapter-1")

@@ -35,7 +35,7 @@ def preempted(monkeypatch: pytest.MonkeyPatch) -> list[Sequence]:
 
 def block_bytes(house: House) -> int:
     model = house.engine._engine.model
-    return sum(2 * heads * 4 * dim * ELEMENT for heads, dim in model.kv_layout)
+    return sum(2 * heads * 16 * dim * ELEMENT for heads, dim in model.kv_layout)
 
 
 async def arena_bytes(house: House) -> dict[str, int]:
@@ -46,11 +46,10 @@ async def arena_bytes(house: House) -> dict[str, int]:
 async def test_200_requests_over_20_adapters_with_memory_for_4(
     start: Start, oracle: Oracle, preempted: list[Sequence]
 ) -> None:
-    roomy = await start(block_size=4, max_adapters=64)
+    roomy = await start(max_adapters=64)
     sizes = sorted((await arena_bytes(roomy)).values())
     house = await start(
-        block_size=4,
-        kv_cache_bytes=24 * block_bytes(roomy),
+        kv_cache_bytes=12 * block_bytes(roomy),
         adapter_bytes=sum(sizes[-4:]),
         max_adapters=4,
         max_batch_tokens=48,
@@ -60,8 +59,8 @@ async def test_200_requests_over_20_adapters_with_memory_for_4(
     chances = [
         (rng.randrange(3, 290), rng.randrange(1, 10), rng.randrange(1, 40)) for _ in range(200)
     ]
-    shared = [rng.randrange(3, 290) for _ in range(9)]  # so that prefixes are found
-    asked = [[*shared[: rng.randrange(10)], *[token] * length] for token, length, _ in chances]
+    shared = [rng.randrange(3, 290) for _ in range(36)]  # so that prefixes are found
+    asked = [[*shared[: rng.randrange(37)], *[token] * length] for token, length, _ in chances]
     adapters = [rng.choice(["", *house.fetch.directories]) for _ in chances]
     leaves = [rng.choice([None, None, None, None, 0, 1, 2, 20]) for _ in chances]
 
@@ -105,8 +104,8 @@ async def test_200_requests_over_20_adapters_with_memory_for_4(
 
 async def test_sampled_answers_survive_preemption(start: Start, preempted: list[Sequence]) -> None:
     """With a seed the answer is the same whether its blocks were taken away or not."""
-    roomy = await start(block_size=4, prefix_cache=False)
-    narrow = await start(block_size=4, kv_cache_bytes=20 * block_bytes(roomy), prefix_cache=False)
+    roomy = await start(prefix_cache=False)
+    narrow = await start(kv_cache_bytes=12 * block_bytes(roomy), prefix_cache=False)
 
     async def run(house: House) -> list[list[int]]:
         answers = await asyncio.gather(
@@ -136,7 +135,7 @@ async def test_sampled_answers_survive_preemption(start: Start, preempted: list[
 async def test_a_client_that_vanishes_frees_its_blocks_within_a_step(
     start: Start, how: str
 ) -> None:
-    house = await start(block_size=4, prefix_cache=False)
+    house = await start(prefix_cache=False)
     request = house.request([5] * 30, "adapter-1", max_tokens=200, ignore_eos=True)
     stream = house.engine.stream(request)
     await anext(stream)

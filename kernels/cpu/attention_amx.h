@@ -1,0 +1,153 @@
+// Scores and weighted values of a tile on AMX: C 0 to 3, A 4 and B 6 of 32 elements' depth, A 5 and
+// B 7 of 16. A and C have the rows of `configure`; B lies in the cache as it is.
+//
+// Lines are taken `configured` at a time; the last of them may repeat lines that came before.
+
+#pragma once
+
+#include "attention_layout.h"
+
+namespace manylora {
+namespace MANYLORA_ISA {
+
+constexpr int64_t kTileRows = 16;
+
+MANYLORA_INLINE int64_t configured(int64_t lines) { return lines < kTileRows ? lines : kTileRows; }
+
+// For heads of so many lines.
+static void configure(int64_t lines) {
+  struct alignas(64) {
+    uint8_t palette = 1, start = 0, unused[14] = {};
+    uint16_t bytes[16] = {64, 64, 64, 64, 64, 32, 64, 64};
+    uint8_t rows[16] = {};
+  } config;
+  for (int i = 0; i < 6; ++i) config.rows[i] = static_cast<uint8_t>(configured(lines));
+  config.rows[6] = 16;
+  config.rows[7] = 8;
+  _tile_loadconfig(&config);
+}
+
+template <int N>
+MANYLORA_INLINE void zero_tiles() {
+  _tile_zero(0);
+  if (N > 1) _tile_zero(1);
+  if (N > 2) _tile_zero(2);
+  if (N > 3) _tile_zero(3);
+}
+template <int N>
+MANYLORA_INLINE void store_tiles(float* to, int64_t stride) {
+  const int64_t bytes = stride * 4;
+  _tile_stored(0, to, bytes);
+  if (N > 1) _tile_stored(1, to + 16, bytes);
+  if (N > 2) _tile_stored(2, to + 32, bytes);
+  if (N > 3) _tile_stored(3, to + 48, bytes);
+}
+
+template <int N>
+static void score_tiles(const bf16* q, int64_t head_dim, const bf16* const* keys, float* scores,
+                        int64_t stride) {
+  zero_tiles<N>();
+  int64_t d = 0;
+  for (; d + 32 <= head_dim; d += 32) {
+    const int64_t at = d * kGroup;
+    _tile_loadd(4, q + d, head_dim * 2);
+    _tile_loadd(6, keys[0] + at, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    if (N > 1) {
+      _tile_loadd(6, keys[1] + at, 64);
+      _tile_dpbf16ps(1, 4, 6);
+    }
+    if (N > 2) {
+      _tile_loadd(6, keys[2] + at, 64);
+      _tile_dpbf16ps(2, 4, 6);
+    }
+    if (N > 3) {
+      _tile_loadd(6, keys[3] + at, 64);
+      _tile_dpbf16ps(3, 4, 6);
+    }
+  }
+  if (d < head_dim) {
+    const int64_t at = d * kGroup;
+    _tile_loadd(5, q + d, head_dim * 2);
+    _tile_loadd(7, keys[0] + at, 64);
+    _tile_dpbf16ps(0, 5, 7);
+    if (N > 1) {
+      _tile_loadd(7, keys[1] + at, 64);
+      _tile_dpbf16ps(1, 5, 7);
+    }
+    if (N > 2) {
+      _tile_loadd(7, keys[2] + at, 64);
+      _tile_dpbf16ps(2, 5, 7);
+    }
+    if (N > 3) {
+      _tile_loadd(7, keys[3] + at, 64);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  store_tiles<N>(scores, stride);
+}
+
+// scores [lines][groups * 16] = q [lines][head_dim] times the groups' keys.
+static void score_amx(int64_t lines, const bf16* q, int64_t head_dim, const bf16* const* keys,
+                      int64_t groups, float* scores, int64_t stride) {
+  const int64_t rows = configured(lines);
+  for (int64_t i = 0; i < lines; i += rows) {
+    const int64_t line = i + rows <= lines ? i : lines - rows;
+    const bf16* const from = q + line * head_dim;
+    float* const to = scores + line * stride;
+    if (groups == 1) score_tiles<1>(from, head_dim, keys, to, stride);
+    if (groups == 2) score_tiles<2>(from, head_dim, keys, to, stride);
+    if (groups == 3) score_tiles<3>(from, head_dim, keys, to, stride);
+    if (groups == 4) score_tiles<4>(from, head_dim, keys, to, stride);
+  }
+}
+
+// Columns [column, column + N * 16) of the weighted sum of the groups' values.
+template <int N>
+static void weigh_tiles(const bf16* weights, int64_t weight_stride, const bf16* const* values,
+                        int64_t groups, int64_t column, int64_t head_dim, float* sums) {
+  const int64_t row_bytes = head_dim * 4;
+  zero_tiles<N>();
+  for (int64_t g = 0; g < groups; ++g) {
+    const bf16* const b = values[g] + column * 2;
+    _tile_loadd(5, weights + g * kGroup, weight_stride * 2);
+    _tile_loadd(7, b, row_bytes);
+    _tile_dpbf16ps(0, 5, 7);
+    if (N > 1) {
+      _tile_loadd(7, b + 32, row_bytes);
+      _tile_dpbf16ps(1, 5, 7);
+    }
+    if (N > 2) {
+      _tile_loadd(7, b + 64, row_bytes);
+      _tile_dpbf16ps(2, 5, 7);
+    }
+    if (N > 3) {
+      _tile_loadd(7, b + 96, row_bytes);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  store_tiles<N>(sums + column, head_dim);
+}
+
+// sums [head_lines][head_dim]: those of [line, line + lines) = weights times the groups' values;
+// others may be overwritten, so the caller takes what it wants before the next call.
+static void weigh_amx(int64_t head_lines, int64_t line, int64_t lines, const bf16* weights,
+                      int64_t weight_stride, const bf16* const* values, int64_t groups,
+                      int64_t head_dim, float* sums) {
+  const int64_t rows = configured(head_lines), end = line + lines;
+  for (int64_t i = line; i < end; i += rows) {
+    const int64_t first = i + rows <= head_lines ? i : head_lines - rows;
+    const bf16* const w = weights + first * weight_stride;
+    float* const to = sums + first * head_dim;
+    int64_t d = 0;
+    for (; d + 64 <= head_dim; d += 64) {
+      weigh_tiles<4>(w, weight_stride, values, groups, d, head_dim, to);
+    }
+    for (; d < head_dim; d += 16) {
+      weigh_tiles<1>(w, weight_stride, values, groups, d, head_dim, to);
+    }
+  }
+}
+
+}  // namespace MANYLORA_ISA
+}  // namespace manylora
