@@ -9,7 +9,6 @@
 //        round(x): to the nearest integer, |x| < 2^22   select_below(a, b, x, y) = a < b ? x : y
 //        times_power_of_2(x, n): x * 2^n for an integral n of -126 to 128
 //        transpose(rows): rows[i][j] = rows[j][i] of kLanes vectors
-//        interleave(even, odd): words even[i] | odd[i] << 16 of kLanes bf16 each
 //        p: float, f16 or bf16; n < kLanes elements, the other lanes are 0 and memory is not read
 //   Operand<T>: what a dot product of T takes at once: kDepth<T> elements a lane, so that bf16
 //        pairs can go to vdpbf16ps as they are. load_operand<T>(p), load_operand<T>(p, n),

@@ -105,11 +105,6 @@ MANYLORA_INLINE void transpose(Vec (&rows)[8]) {
     rows[i + 4].v = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x31);
   }
 }
-MANYLORA_INLINE Vec interleave(const bf16* even, const bf16* odd) {
-  const __m256i low = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)even));
-  const __m256i high = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)odd));
-  return {_mm256_castsi256_ps(_mm256_or_si256(low, _mm256_slli_epi32(high, 16)))};
-}
 
 }  // namespace MANYLORA_ISA
 }  // namespace manylora

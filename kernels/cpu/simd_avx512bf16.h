@@ -98,11 +98,6 @@ MANYLORA_INLINE void transpose(Vec (&rows)[16]) {
     rows[i + 12].v = _mm512_shuffle_f32x4(b, d, 0xdd);
   }
 }
-MANYLORA_INLINE Vec interleave(const bf16* even, const bf16* odd) {
-  const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)even));
-  const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)odd));
-  return {_mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)))};
-}
 
 }  // namespace MANYLORA_ISA
 }  // namespace manylora

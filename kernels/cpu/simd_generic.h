@@ -93,11 +93,6 @@ MANYLORA_INLINE void transpose(Vec (&rows)[kLanes]) {
     }
   }
 }
-MANYLORA_INLINE Vec interleave(const bf16* even, const bf16* odd) {
-  Words words;
-  for (int i = 0; i < kLanes; ++i) words[i] = even[i].bits | static_cast<uint32_t>(odd[i].bits) << 16;
-  return {(Lanes)words};
-}
 
 }  // namespace MANYLORA_ISA
 }  // namespace manylora

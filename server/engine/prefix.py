@@ -81,7 +81,7 @@ def write_prefix(
         rows.device,
     )
     for i, layer in enumerate(model.layers):
-        k, v = rows[:, i].unflatten(2, (layer.call.kv_heads, layer.call.head_dim)).unbind(1)
+        k, v = rows[:, i].view(count, 2, layer.call.kv_heads, layer.call.head_dim).unbind(1)
         step.kernels.write_kv(k, v, layer.k_cache, layer.v_cache, batch)
 
 
