@@ -10,6 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from manylora_testing.adapters import tiny_lora
 from manylora_testing.classifiers import make_task_adapter, tiny_encoder
 from manylora_testing.methods import make_method
 from manylora_testing.models import tiny_model
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from manylora.errors import FailedPrecondition, InvalidArgument, MissingExtra
 from manylora.server.cli import main
+from manylora.server.engine.tokenizer import Tokenizer
 from manylora.server.offline import check as module
 from manylora.server.offline.check import compare
 
@@ -44,6 +46,23 @@ def test_served_is_pefts(method: str, base: Path, model: Any, tmp_path: Path) ->
     assert found.holds and found.difference < 1e-4
     assert found.effect is not None and found.effect > 0.1 and found.size > 1
     assert found.tokens > 3
+
+
+def test_from_the_invocation_on(base: Path, tmp_path: Path) -> None:
+    ids = Tokenizer(base).encode(PROMPT).ids
+    adapter = tiny_lora(
+        base,
+        tmp_path / "alora",
+        r=4,
+        alpha=8,
+        targets=["q_proj", "down_proj", "lm_head"],
+        seed=1,
+        alora_invocation_tokens=ids[3:5],
+    )
+    found = compare(base, adapter, PROMPT)
+    assert found.holds and found.effect is not None and found.effect > 0.1
+    other = compare(base, adapter, PROMPT[:4])
+    assert other.holds and other.effect == 0
 
 
 @pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS", "FEATURE_EXTRACTION"])
