@@ -175,14 +175,14 @@ RANK_16 = (
     ),
     Entry(OVER_GRPC, {"single-base": 3, "single-adapter": 3, "base-32": 3, "distinct-32": 5}),
     Entry(VLLM, {"single-base": 5, "base-32": 5}),
-    Entry(VLLM_LORA, {"single-adapter": 2, "shared-32": 1, "distinct-32": 2}, full_warm_up=False),
+    Entry(VLLM_LORA, {"single-adapter": 2, "distinct-32": 2}, full_warm_up=False),
     Entry(
         PEFT,
         {"single-base": 2, "single-adapter": 2, "base-32": 2, "distinct-32": 2},
         full_warm_up=False,
     ),
-    Entry(PEFT_SERIAL, {"distinct-32": 1}, full_warm_up=False),
-    Entry(LLAMA, {"single-base": 3, "base-32": 3}, full_warm_up=False),
+    Entry(PEFT_SERIAL, {"distinct-8": 1}, full_warm_up=False),
+    Entry(LLAMA, {"single-base": 2, "base-32": 2}, full_warm_up=False),
 )
 
 MIXED = (
@@ -191,8 +191,8 @@ MIXED = (
 )
 
 ZIPF = (
-    Entry(OURS, {"zipf-128": 3}),
-    Entry(OURS, {"zipf-128-roomy": 3}),
+    Entry(OURS, {"zipf-128": 2}, full_warm_up=False),
+    Entry(OURS, {"zipf-128-roomy": 2}, full_warm_up=False),
 )
 
 REGISTERED = tuple(Entry(OURS, {f"registered-{count}": 2}, full_warm_up=False) for count in COUNTS)

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import platform
 from collections.abc import Sequence
+from contextlib import suppress
+from datetime import datetime
+from io import StringIO
+from pathlib import Path
 
 from bars import Judged
 from records import Results, Spread
+from rich.box import MARKDOWN
+from rich.console import Console
 from rich.table import Table
 from workloads import WORKLOADS
+
+from manylora.kernels import cpu
+
+PAGE_WIDTH = 160
 
 
 def speeds(results: Results) -> Table:
@@ -20,6 +32,31 @@ def speeds(results: Results) -> Table:
         for contender in dict.fromkeys(r.contender for r in results.records if r.workload == name):
             table.add_row(name, contender, *_cells(results, contender, name))
     return table
+
+
+def markdown(results: Results, judged: Sequence[Judged], when: datetime) -> str:
+    """The page of a run's results, for docs."""
+    text = StringIO()
+    console = Console(file=text, width=PAGE_WIDTH)
+    print(f"# Results\n\nMeasured {when:%d %B %Y} on {machine()}.\n", file=text)
+    for table, title in ((bars_table(judged), "Bars"), (speeds(results), "Medians (least-most)")):
+        table.box, table.title = MARKDOWN, None
+        print(f"## {title}\n", file=text)
+        console.print(table)
+        print(file=text)
+    lines = (line.rstrip() for line in text.getvalue().splitlines())
+    return "\n".join(lines).strip() + "\n"
+
+
+def machine() -> str:
+    """This machine: processor, cores and what our kernels use of it."""
+    name = platform.machine()
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(
+            (at.partition(":")[2].strip() for at in lines if at.startswith("model name")), name
+        )
+    return f"{os.cpu_count()} cores of {name} ({cpu.current_isa()} kernels)"
 
 
 def bars_table(judged: Sequence[Judged]) -> Table:

@@ -1,6 +1,7 @@
 """Runs the benchmark: by itself, or beside its peers.
 
-    python benchmarks/run.py [--peers] [--model DIRECTORY] [--out DIRECTORY] [--report DIRECTORY]
+    python benchmarks/run.py [--peers] [--model DIRECTORY] [--out DIRECTORY]
+    python benchmarks/run.py --report OUT [--peers] [--docs DIRECTORY]
 
 Without --peers: our own ratios, in about a minute. With it: everything that issue 4 has a bar for.
 Every run is a line of records.jsonl as soon as it is done; the last line printed is JSON with the
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -20,12 +22,12 @@ from datetime import datetime
 from pathlib import Path
 
 from alone import run_alone
-from bars import BARS, as_json, judge
+from bars import BARS, Judged, as_json, judge
 from paths import HERE, Places
 from phases import MIXED, QUICK, RANK_16, REGISTERED, ZIPF, Bench, run_phase
 from plots import plot_registered, plot_speeds
 from records import Results, load
-from report import bars_table, speeds
+from report import bars_table, markdown, speeds
 from rich.console import Console
 
 from manylora.demo.base import get_base
@@ -47,14 +49,23 @@ def main() -> int:
     parser.add_argument(
         "--report", type=Path, help="measure nothing: report an earlier run's --out"
     )
+    parser.add_argument("--docs", type=Path, help="where a page of results and its plots go, too")
     options = parser.parse_args()
     names = [bar.name for bar in BARS] if options.peers else QUICK_BARS
     if options.report:
-        return report(load(options.report / RECORDS), options.report, names)
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    bench, out = _prepare(options.model, options.out)
-    failures = measure(bench, out) if options.peers else run_phase(bench, QUICK)
-    return report(bench.results, out, names, failures)
+        out, failures, results = options.report, [], load(options.report / RECORDS)
+    else:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        bench, out = _prepare(options.model, options.out)
+        failures = measure(bench, out) if options.peers else run_phase(bench, QUICK)
+        results = bench.results
+    judged = judge(results, names)
+    report(results, judged, out)
+    if options.docs:
+        write_docs(results, judged, out, options.docs)
+    print(f"records, tables and plots: {out}", *failures, sep="\n")
+    print(json.dumps(as_json(judged)), flush=True)
+    return 0 if all(j.holds for j in judged) and not failures else 1
 
 
 def measure(bench: Bench, out: Path) -> list[str]:
@@ -72,17 +83,27 @@ def _steps(bench: Bench, out: Path) -> list[str]:
     return [f"steps.py ended with {code}"] if code else []
 
 
-def report(results: Results, out: Path, names: Sequence[str], failures: Sequence[str] = ()) -> int:
-    """Prints and writes tables and plots; the exit code."""
-    judged = judge(results, names)
+def report(results: Results, judged: Sequence[Judged], out: Path) -> None:
+    """Prints and writes tables, draws plots."""
     with (out / "tables.txt").open("w") as file:
         for console in (Console(width=WIDTH), Console(width=WIDTH, file=file)):
             console.print(speeds(results), bars_table(judged))
     plot_speeds(results, out / "speeds.svg")
     plot_registered(results, out / "registered.svg")
-    print(f"records, tables and plots: {out}", *failures, sep="\n")
-    print(json.dumps(as_json(judged)), flush=True)
-    return 0 if all(j.holds for j in judged) and not failures else 1
+
+
+def write_docs(results: Results, judged: Sequence[Judged], out: Path, docs: Path) -> None:
+    """A page of results, and the plots that there are."""
+    docs.mkdir(parents=True, exist_ok=True)
+    when = datetime.fromtimestamp((out / RECORDS).stat().st_mtime)
+    page = markdown(results, judged, when)
+    if (out / "steps.md").exists():
+        page += (
+            f"\n## Where a decode step's time goes\n\n{(out / 'steps.md').read_text().strip()}\n"
+        )
+    (docs / "results.md").write_text(page)
+    for plot in out.glob("*.svg"):
+        shutil.copy(plot, docs)
 
 
 def _prepare(model: Path | None, out: Path | None) -> tuple[Bench, Path]:

@@ -30,6 +30,7 @@ import torch
 from in_process import answer, settings_for
 from paths import Places
 from peers.protocol import Batch, Spec
+from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 from workloads import WORKLOADS, Workload, adapter_folders, kv_bytes
@@ -278,7 +279,11 @@ def main() -> None:
     found = asyncio.run(measure(bench))
     (options.out / "steps.jsonl").write_text("".join(f"{json.dumps(asdict(p))}\n" for p in found))
     plot(found, options.out / "steps.svg")
-    Console(width=120).print(table(found, bench.machine))
+    shown = table(found, bench.machine)
+    Console(width=120).print(shown)
+    shown.box = MARKDOWN
+    with (options.out / "steps.md").open("w") as file:
+        Console(file=file, width=120).print(shown)
 
 
 if __name__ == "__main__":

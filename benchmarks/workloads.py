@@ -19,7 +19,7 @@ PROMPT_TOKENS = 128
 OUTPUT_TOKENS = 64
 MIXED_RANKS = (8, 16, 32, 64)
 CHECKPOINTS = 64  # different ones there are; more adapters than that share their files
-REGISTERED = (1, 4, 16, 64, 256, 1000)
+REGISTERED = (1, 10, 100, 1000)
 TARGETS = {
     "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
     "mlp": ("gate_proj", "up_proj", "down_proj"),
@@ -67,6 +67,7 @@ WORKLOADS = {
         Workload("single-adapter", 1, (16,), (0,)),
         Workload("base-32", 32, (), (-1,) * 32),
         Workload("shared-32", 32, (16,), (0,) * 32),
+        Workload("distinct-8", 8, (16,) * 8, tuple(range(8))),
         Workload("distinct-32", 32, (16,) * 32, tuple(range(32))),
         Workload("mixed-rank-32", 32, _mixed(32), tuple(range(32))),
         Workload("zipf-128", 128, _mixed(64), _zipf(128, 64), resident=8),

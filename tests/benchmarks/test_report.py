@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+from datetime import datetime
 from io import StringIO
 from pathlib import Path
 
 import pytest
 from bars import BARS, OURS, VLLM, judge
 from records import Record, Results
-from report import bars_table, speeds
+from report import bars_table, markdown, speeds
 from rich.console import Console
 
 
@@ -40,6 +41,16 @@ def test_bars(results: Results) -> None:
     text = _text(bars_table(judge(results, [bar.name for bar in BARS])))
     assert text.count("not measured") == len(BARS) - 1
     assert "≥ 1.1" in text
+
+
+def test_page(results: Results) -> None:
+    judged = judge(results, ["base-32 / vllm"])
+    page = markdown(results, judged, datetime(2026, 11, 25))
+    assert page.startswith("# Results\n\nMeasured 25 November 2026 on ")
+    rows = [line.split("|")[1:-1] for line in page.splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in row] for row in rows]
+    assert ["base-32 / vllm", "1", "≥ 1.1", "NO"] in cells
+    assert ["base-32", OURS, "512 (256-1024)", "500", "10.0", "1024", "5.0", "3"] in cells
 
 
 def test_plots(results: Results, tmp_path: Path) -> None:
