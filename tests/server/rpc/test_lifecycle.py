@@ -246,7 +246,15 @@ def test_reflection(stubs: Stubs) -> None:
         service: set(pool.FindServiceByName(service).methods_by_name) for service in SERVICES
     }
     assert methods == {
-        "manylora.v1.InferenceService": {"Generate", "StreamGenerate", "Tokenize", "GetModelInfo"},
+        "manylora.v1.InferenceService": {
+            "Generate",
+            "StreamGenerate",
+            "Classify",
+            "ClassifyTokens",
+            "Embed",
+            "Tokenize",
+            "GetModelInfo",
+        },
         "manylora.v1.AdapterService": {
             "PublishAdapter",
             "ImportAdapter",
