@@ -53,6 +53,11 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto", description="The base's data type; auto: the checkpoint's own."
     )
+    quantization: Literal["none", "int8"] = Field(
+        "none",
+        description="int8: the base's weights in 8 bits, made at load; half the memory, other "
+        "logits. CPU only.",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="Where the base runs; auto: the best device there is."
     )

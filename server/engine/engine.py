@@ -90,7 +90,11 @@ class Engine:
         self.device = torch.device(_device(settings.device))
         self.kernels = _kernels(self.device, settings.kernels)
         self.model: AdaptedModel | EncoderModel = load_base(
-            settings.model, settings.dtype, self.device, self.kernels
+            settings.model,
+            settings.dtype,
+            self.device,
+            self.kernels,
+            quantization=settings.quantization,
         )
         self._settings = settings
         self._fetch = fetch

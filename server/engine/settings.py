@@ -11,6 +11,7 @@ class EngineSettings:
     model: Path  # directory of a Hugging Face checkpoint
     model_name: str = ""  # what clients see; default: the directory's name
     dtype: str = "auto"  # "auto" (the checkpoint's), "float32", "float16", "bfloat16"
+    quantization: str = "none"  # or "int8": 8-bit weights, made at load, on a CPU
     device: str = "auto"  # "auto" (the best there is), "cpu", "cuda"
     kernels: str = "auto"  # "auto" (the device's best) or a backend's name
     max_context: int = 0  # tokens of prompt and answer; 0: the model's own limit

@@ -27,9 +27,9 @@ from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
-from manylora.kernels import cpu
 from manylora.server.engine.model.adapt import AdaptedHead, AdaptedLinear, AdaptedNorm
 from manylora.server.engine.model.attach import LayerAttention
+from manylora.server.engine.model.product import MakeProduct
 from manylora.server.engine.model.projection import FusedHead, PackedRows, Projection
 from manylora.server.engine.model.stack import DecoderStack, make_stack
 from manylora.server.engine.model.step import StepState
@@ -55,9 +55,11 @@ Gated = Callable[[Tensor], Tensor]
 
 
 def fuse(
-    model: PreTrainedModel, layers: Sequence[LayerAttention], step: StepState
+    model: PreTrainedModel, layers: Sequence[LayerAttention], step: StepState, make: MakeProduct
 ) -> Mapping[str, PackedRows]:
     """Replaces the decoder's layers by fused ones, if all of them can be.
+
+    make: what multiplies with their weights and the head's.
 
     Returns:
         Where the replaced modules' weights are now, by the module's name in the tree; empty if
@@ -72,11 +74,10 @@ def fuse(
         return {}
     names = {module: name for name, module in model.named_modules()}
     packed: dict[str, PackedRows] = {}
-    arena = cpu.HugeArena()
     eps = float(model.config.get_text_config(decoder=True).rms_norm_eps)
     for i, attention in enumerate(layers):
         base = found[i]
-        layer = FusedLayer(base, attention, gated, eps, step, arena)
+        layer = FusedLayer(base, attention, gated, eps, step, make)
         found[i] = layer
         attention.call = replace(attention.call, module=layer)
         for group, projection in zip(_groups(base), layer.projections, strict=True):
@@ -88,7 +89,7 @@ def fuse(
         layer.stack = stack
     for name, module in list(model.named_modules()):
         if type(module) is AdaptedHead:
-            model.set_submodule(name, FusedHead(module, arena))
+            model.set_submodule(name, FusedHead(module, make))
     return packed
 
 
@@ -165,13 +166,13 @@ class FusedLayer(nn.Module):
         gated: Gated,
         eps: float,
         step: StepState,
-        arena: cpu.HugeArena,
+        make: MakeProduct,
     ) -> None:
         super().__init__()
         self.attention = attention
         self.step = step
         self.gated = gated
-        self.projections = tuple(Projection(group, step, arena) for group in _groups(base))
+        self.projections = tuple(Projection(group, step, make) for group in _groups(base))
         self.qkv, self.o, self.gate_up, self.down = self.projections
         self.rotary_kind: str | None = getattr(base.self_attn, "layer_type", None)
         offset = 1.0 if type(base) in GEMMA else 0.0

@@ -16,7 +16,7 @@ from manylora.server.engine.model import selfcheck
 from manylora.server.engine.model.adapt import adapt
 from manylora.server.engine.model.adapted import AdaptedModel
 from manylora.server.engine.model.attach import ATTENTION, attach
-from manylora.server.engine.model.checkpoint import read_model
+from manylora.server.engine.model.checkpoint import BaseCheckpoint, read_model
 from manylora.server.engine.model.encoder import EncoderModel
 from manylora.server.engine.model.fuse import fuse
 from manylora.server.engine.model.heads import decoder_forms
@@ -24,6 +24,7 @@ from manylora.server.engine.model.interface import make_interfaced
 from manylora.server.engine.model.limits import eos_token_ids, max_context
 from manylora.server.engine.model.load_encoder import adapt_encoder
 from manylora.server.engine.model.probe import probe
+from manylora.server.engine.model.product import MakeProduct, exact_products, int8_products
 from manylora.server.engine.model.quantised import is_quantised_base
 from manylora.server.engine.model.step import StepState, keep_hidden
 from manylora.server.engine.model.task_view import TaskBase, make_views, read_task_base
@@ -31,7 +32,13 @@ from manylora.server.engine.types import Rows
 
 
 def load_base(
-    path: Path, dtype: str, device: torch.device, kernels: Backend, *, fused: bool = True
+    path: Path,
+    dtype: str,
+    device: torch.device,
+    kernels: Backend,
+    *,
+    fused: bool = True,
+    quantization: str = "none",
 ) -> AdaptedModel | EncoderModel:
     """Loads a causal language model or an encoder, as its configuration says, and makes it serve
     flat batches with per-row adapters.
@@ -42,15 +49,19 @@ def load_base(
         device: where it runs.
         kernels: the backend that runs edits and attention.
         fused: use the fused decoder layers where the model has their shape.
+        quantization: "none", or "int8" for 8-bit weights in the fused layers and the head.
 
     Raises:
         FailedPrecondition: the model is of a kind that cannot be served exactly, or broken.
     """
     base = read_model(path, dtype, device)
     try:
+        if quantization == "int8":
+            return _adapt_int8(base, kernels)
         if base.encodes:
             return adapt_encoder(base, kernels)
-        return _adapt(base.model, kernels, fused and not is_quantised_base(base.model))
+        plain = not fused or is_quantised_base(base.model)
+        return _adapt(base.model, kernels, None if plain else exact_products())
     except ManyloraError:
         raise
     except Exception as error:
@@ -73,7 +84,22 @@ def load_model(
     return model
 
 
-def _adapt(model: PreTrainedModel, kernels: Backend, fused: bool) -> AdaptedModel:
+def _adapt_int8(base: BaseCheckpoint, kernels: Backend) -> AdaptedModel:
+    make = int8_products(base.model.device)
+    if not base.encodes and not is_quantised_base(base.model):
+        adapted = _adapt(base.model, kernels, make)
+        if adapted.packed:
+            return adapted
+    raise FailedPrecondition(
+        "the weights of this base cannot be made 8-bit at load",
+        field="quantization",
+        found=type(base.model).__name__,
+        wanted="a decoder whose layers are fused, with weights of 16 or 32 bits",
+    )
+
+
+def _adapt(model: PreTrainedModel, kernels: Backend, make: MakeProduct | None) -> AdaptedModel:
+    """make: of the fused layers' products; None to leave the layers as they are."""
     selfcheck.check_positions(model)
     head = _head(model)
     make_interfaced(model)
@@ -83,7 +109,7 @@ def _adapt(model: PreTrainedModel, kernels: Backend, fused: bool) -> AdaptedMode
     layers = attach(seen.attention, step)
     model.config._attn_implementation = ATTENTION
     keep_hidden(model, step)
-    packed = fuse(model, layers, step) if fused else {}
+    packed = fuse(model, layers, step, make) if make else {}
     if packed:
         _let_go_of_file(model)
     adapted = AdaptedModel(

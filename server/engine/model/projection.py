@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from manylora.kernels import SliceGroup, cpu
+from manylora.kernels import SliceGroup
 from manylora.server.engine.model.adapt import AdaptedHead, AdaptedLinear
+from manylora.server.engine.model.product import MakeProduct
 from manylora.server.engine.model.step import StepState
 
 
@@ -39,7 +39,7 @@ class Projection:
     """
 
     def __init__(
-        self, modules: Sequence[AdaptedLinear], step: StepState, arena: cpu.HugeArena
+        self, modules: Sequence[AdaptedLinear], step: StepState, make: MakeProduct
     ) -> None:
         sizes = [module.weight.shape[0] for module in modules]
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
@@ -49,7 +49,7 @@ class Projection:
         biases: list[Tensor] = [module.bias for module in modules if module.bias is not None]
         weights: list[Tensor] = [module.weight for module in modules]
         bias = torch.cat(biases) if biases else None
-        self.product = PackedProduct(torch.cat(weights), bias, arena)
+        self.product = make(torch.cat(weights), bias)
 
     def rows(self) -> list[PackedRows]:
         """Each module's part, in the order given."""
@@ -85,38 +85,14 @@ class Projection:
         return torch.cat(parts, dim=1)
 
 
-class PackedProduct:
-    """x [rows, in] → x W^T + b, by our own kernel where it can pack the weight [out, in], else
-    torch's."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, arena: cpu.HugeArena) -> None:
-        self.bias = bias
-        self.in_size = weight.shape[1]
-        self.packed = cpu.PackedWeight(weight, arena) if cpu.packs(weight) else None
-        self._plain = None if self.packed else weight.detach()
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if self._plain is None:
-            assert self.packed is not None
-            return cpu.linear(x, self.packed, self.bias)
-        return F.linear(x, self._plain, self.bias)
-
-    def weight(self, start: int, size: int) -> Tensor:
-        """Rows of the weight: [size, in], a copy or a view."""
-        if self._plain is None:
-            assert self.packed is not None
-            return self.packed.unpack(start, size)
-        return self._plain.narrow(0, start, size)
-
-
 class FusedHead(AdaptedHead):
-    """The head with a packed weight."""
+    """The head with a product of its own."""
 
-    def __init__(self, head: AdaptedHead, arena: cpu.HugeArena) -> None:
+    def __init__(self, head: AdaptedHead, make: MakeProduct) -> None:
         nn.Module.__init__(self)
         self.weight, self.bias = head.weight, head.bias
         self.group, self.step = head.group, head.step
-        self._product = PackedProduct(head.weight, head.bias, arena)
+        self._product = make(head.weight, head.bias)
 
     def product(self, x: Tensor) -> Tensor:
         return torch.unflatten(self._product(x.flatten(0, -2)), 0, x.shape[:-1])

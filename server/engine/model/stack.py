@@ -11,6 +11,7 @@ from torch import Tensor
 
 from manylora.kernels import cpu
 from manylora.kernels.cpu import attention
+from manylora.server.engine.model.product import PackedProduct
 from manylora.server.engine.model.step import StepState
 
 if TYPE_CHECKING:
@@ -58,10 +59,12 @@ def make_stack(
     layers: Sequence[FusedLayer], rotary: HalfRotary, step: StepState
 ) -> DecoderStack | None:
     """None where a layer's weights are not packed, or other kernels are wanted."""
-    products = [p.product.packed for layer in layers for p in layer.projections]
+    packed = all(
+        isinstance(p.product, PackedProduct) for layer in layers for p in layer.projections
+    )
     norms = [norm for layer in layers for norm in layer.norms if norm is not None]
     plain = all(norm.weight.dtype == torch.bfloat16 for norm in norms)
-    if step.kernels.NAME != cpu.NAME or None in products or not plain:
+    if step.kernels.NAME != cpu.NAME or not packed or not plain:
         return None
     gated = layers[0].gated
     approximate = gated.keywords["approximate"] if isinstance(gated, partial) else "silu"
@@ -73,7 +76,7 @@ def _layer(layer: FusedLayer, rotary_kinds: Sequence[str | None]) -> cpu.Decoder
     projections = []
     for projection in layer.projections:
         product = projection.product
-        assert product.packed is not None
+        assert isinstance(product, PackedProduct)
         projections.append(cpu.DecoderProjection(product.packed, product.bias, projection.group))
     return cpu.DecoderLayer(
         projections,
