@@ -50,7 +50,11 @@ class Contender:
                 text=True,
             )
         contender = cls(name, process, log, {}, 0.0)
-        contender.about = contender._answer()["ready"]
+        try:
+            contender.about = contender._answer()["ready"]
+        except BaseException:
+            contender.stop()
+            raise
         contender.start_seconds = time.perf_counter() - begin
         return contender
 
@@ -87,8 +91,10 @@ class Contender:
         assert self.process.stdout is not None
         watch = threading.Timer(ANSWER_SECONDS, self.process.kill)
         watch.start()
-        line = self.process.stdout.readline()
-        watch.cancel()
+        try:
+            line = self.process.stdout.readline()
+        finally:
+            watch.cancel()
         if not line:
             raise self._failed()
         return json.loads(line)
