@@ -237,6 +237,16 @@ METHODS: dict[str, Recipe] = {
     "lora-embedding-saved": Recipe(
         peft.LoraConfig, _LORA, _lora_and(lambda places: [places.embedding])
     ),
+    "lora-embedding-tied": Recipe(
+        peft.LoraConfig,
+        {**_LORA, "ensure_weight_tying": True},
+        lambda places: {"target_modules": [places.embedding, places.last]},
+    ),
+    "lora-embedding-saved-tied": Recipe(
+        peft.LoraConfig,
+        {**_LORA, "ensure_weight_tying": True},
+        _lora_and(lambda places: [places.embedding]),
+    ),
     "lora-head-saved": Recipe(
         peft.LoraConfig, _LORA, _lora_and(lambda places: [places.head]), text=True
     ),
@@ -299,7 +309,7 @@ def make_method(method: str, arch: str, base: nn.Module, directory: Path) -> Pat
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)  # of peft's initial weights
         model = peft.get_peft_model(copy.deepcopy(base), recipe.config(arch))
-        _shake(model, seed)
+        shake(model, seed)
         recipe.after(model.peft_config["default"], PLACES[arch])
         model.save_pretrained(directory)
     return directory
@@ -332,7 +342,7 @@ def multitask_ids(model: Any) -> Mapping[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def _shake(model: nn.Module, seed: int) -> None:
+def shake(model: nn.Module, seed: int) -> None:
     """Moves every trained tensor by a fair part of its size, and no less than of a size that
     matters; a lone number acts on whole modules, so that a little matters."""
     generator = torch.Generator().manual_seed(seed)
