@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from manylora import kernels
-from manylora.adapters_store.format import Checkpoint, read_checkpoint
+from manylora.adapters_store.format import Checkpoint
 from manylora.adapters_store.limits import DEFAULT_LIMITS
 from manylora.adapters_store.lowering import check_config, read_task
 from manylora.errors import FailedPrecondition, InvalidArgument
@@ -20,7 +20,7 @@ from manylora.server.engine.packing import pack
 from manylora.server.engine.prefix import check_prefix
 from manylora.server.engine.tokenizer import Tokenizer
 from manylora.server.offline.alone import run_alone
-from manylora.server.offline.peft_side import load_peft, run_peft
+from manylora.server.offline.peft_side import load_peft, read_adapter, read_base, run_peft
 
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 """Of the largest logit, or of 1: by dtype, how far two right answers may be apart."""
@@ -64,7 +64,7 @@ def compare(
     """
     if dtype not in DTYPES:
         raise InvalidArgument("no such dtype", field="dtype", found=dtype, wanted=", ".join(DTYPES))
-    checkpoint = read_checkpoint(adapter)
+    checkpoint = read_adapter(adapter, read_base(base))
     check_config(checkpoint, DEFAULT_LIMITS)
     task = read_task(checkpoint.config)
     ids = Tokenizer(base).encode(prompt).ids

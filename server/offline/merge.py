@@ -11,15 +11,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedConfig
 
-from manylora.adapters_store.format import Checkpoint, read_checkpoint
+from manylora.adapters_store.format import Checkpoint
 from manylora.adapters_store.head import Task
 from manylora.adapters_store.lowering.heads import read_task, split_head
 from manylora.errors import FailedPrecondition, InvalidArgument
 from manylora.server.engine.model.checkpoint import DTYPES
 from manylora.server.engine.model.quantised import quantisation
-from manylora.server.offline.peft_side import is_tied, load_peft, run_peft
+from manylora.server.offline.peft_side import (
+    is_tied,
+    load_peft,
+    read_adapter,
+    read_base,
+    run_peft,
+)
 
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 0.1}
 """Of the largest logit, or of 1: how far what was saved may be from the adapter on its base. What
@@ -46,13 +52,14 @@ def merge(base: Path, adapter: Path, out: Path, *, dtype: str = "auto") -> Path:
         raise InvalidArgument("no such dtype", field="dtype", found=dtype, wanted=", ".join(DTYPES))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InvalidArgument("is taken", field="out", found=out, wanted="a new directory")
-    own_dtype = _read_dtype(base)
-    checkpoint = read_checkpoint(adapter)
+    config = read_base(base)
+    _check_base(config)
+    checkpoint = read_adapter(adapter, config)
     model = load_peft(base, checkpoint, torch.float32)
     probe = _Probe.of(model, read_task(checkpoint.config))
     tied = is_tied(model.get_base_model())
     merged = _merge(model, checkpoint)
-    kept = own_dtype if dtype == "auto" else DTYPES[dtype]
+    kept = (config.dtype or torch.float32) if dtype == "auto" else DTYPES[dtype]
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as directory:
         made = Path(directory) / "merged"
@@ -97,20 +104,14 @@ class _Probe:
         return _TOLERANCE[dtype] * max(1.0, float(self.wanted.abs().max()))
 
 
-def _read_dtype(base: Path) -> torch.dtype:
-    """Raises FailedPrecondition for what is no base, or a quantised one."""
-    try:
-        config = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise FailedPrecondition(f"cannot load the base: {error}", field="base") from error
+def _check_base(config: PreTrainedConfig) -> None:
     if quantisation(config) is not None:
         raise FailedPrecondition(
             "merged into quantised weights, an adapter is rounded away",
             field="base",
-            found=base,
+            found=config.model_type,
             wanted="the base before it was quantised",
         )
-    return config.dtype or torch.float32
 
 
 def _merge(model: Any, checkpoint: Checkpoint) -> Any:

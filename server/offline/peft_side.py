@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedConfig
 
-from manylora.adapters_store.format import Checkpoint
+from manylora.adapters_store.format import Checkpoint, read_checkpoint
 from manylora.adapters_store.head import Task
 from manylora.adapters_store.lowering.heads import read_task, split_head
 from manylora.errors import FailedPrecondition, MissingExtra
+from manylora.server.engine.model.checkpoint import is_encoder
 from manylora.server.engine.model.quantised import settle
 
 _CLASSES: dict[Task, Any] = {
@@ -23,6 +26,24 @@ _CLASSES: dict[Task, Any] = {
     Task.TOKEN_CLS: transformers.AutoModelForTokenClassification,
     Task.FEATURE_EXTRACTION: transformers.AutoModel,
 }
+
+
+def read_base(base: Path) -> PreTrainedConfig:
+    """The base's configuration. Raises FailedPrecondition for what has none."""
+    try:
+        return AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise FailedPrecondition(f"cannot load the base: {error}", field="base") from error
+
+
+def read_adapter(directory: Path, base: PreTrainedConfig) -> Checkpoint:
+    """The adapter, with the task that it has on the base where it names none: on an encoder that
+    is FEATURE_EXTRACTION. Raises InvalidArgument if its files are broken."""
+    checkpoint = read_checkpoint(directory)
+    if checkpoint.config.get("task_type") is None and is_encoder(base):
+        config = {**checkpoint.config, "task_type": Task.FEATURE_EXTRACTION.value}
+        return replace(checkpoint, config=config)
+    return checkpoint
 
 
 def load_peft(base: Path, adapter: Checkpoint, dtype: torch.dtype, *, untied: bool = False) -> Any:
