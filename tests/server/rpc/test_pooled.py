@@ -54,6 +54,7 @@ def configs() -> dict[str, tuple[peft.PeftConfig, int]]:
         "SEQ_CLS-number": (peft.LoraConfig(r=2, target_modules=["query"]), 1),
         "SEQ_CLS-prompt": (peft.PromptTuningConfig(num_virtual_tokens=5), 3),
         "TOKEN_CLS-lora": (peft.LoraConfig(r=4, target_modules=TARGETS), 3),
+        "FEATURE_EXTRACTION-prompt": (peft.PromptTuningConfig(num_virtual_tokens=4), 3),
         "FEATURE_EXTRACTION-lora": (peft.LoraConfig(r=4, target_modules=TARGETS), 3),
     }
 
@@ -191,6 +192,19 @@ def test_pairs_and_token_types(world: World, name: str) -> None:
         assert gap(answer.scores.logits, right) < TOLERANCE
     tokens = world.stubs.inference.Tokenize(pb.TokenizeRequest(prompt=pair))
     assert (list(tokens.token_ids), list(tokens.types)) == (ids, types)
+
+
+@pytest.mark.parametrize("name", ["FEATURE_EXTRACTION-lora", "FEATURE_EXTRACTION-prompt"])
+def test_token_types_of_embeddings(world: World, name: str) -> None:
+    """Behind virtual tokens peft leaves them out."""
+    ids, types = some_ids(3, 12), [0] * 5 + [1] * 7
+    adapter = world.adapters[name]
+    right = peft_answer(world.base, adapter, "FEATURE_EXTRACTION", ids, types)
+    plain = peft_answer(world.base, adapter, "FEATURE_EXTRACTION", ids)
+    assert torch.equal(right, plain) is (name == "FEATURE_EXTRACTION-prompt")
+    request = pb.EmbedRequest(adapter=reference(name), prompt=ids_prompt(ids, types))
+    answer = world.stubs.inference.Embed(request)
+    assert gap(answer.embedding, right.mean(dim=0)) < TOLERANCE
 
 
 def test_spans(world: World) -> None:
