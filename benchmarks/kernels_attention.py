@@ -136,8 +136,8 @@ def call_costs(budget: float) -> dict[str, float]:
     """Microseconds of a call from Python with next to nothing to do, less what torch takes to make
     the output, where there is one."""
     one = np.ones(1, np.int32)
-    batch = kernels.make_batch(one, one, np.zeros((1, 1), np.int32), 1)
-    q, cache = torch.ones(1, 1, 2, dtype=DTYPE), torch.ones(1, 1, 1, 2, dtype=DTYPE)
+    batch = kernels.make_batch(one, one, np.zeros((1, 1), np.int32), BLOCK)
+    q, cache = torch.ones(1, 1, 2, dtype=DTYPE), torch.ones(1, 1, BLOCK, 2, dtype=DTYPE)
     x, both = torch.ones(1, 2, dtype=DTYPE), torch.ones(1, 4, dtype=DTYPE)
     plan = kernels.make_plan(np.zeros(1, np.int32))
     group, table = kernels.SliceGroup.single(0, 2), kernels.EditTable(1, 1)

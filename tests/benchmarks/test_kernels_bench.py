@@ -7,7 +7,7 @@ import json
 import kernels_gpu as gpu
 import pytest
 import torch
-from kernels_attention import Attention, Heads
+from kernels_attention import Attention, Heads, call_costs
 from kernels_bars import Bar, as_json
 from kernels_edits import Case, Edits
 from kernels_timing import DTYPE, Ring, medians
@@ -80,6 +80,11 @@ def test_both_ways_of_training_compute_the_same() -> None:
     torchs.torch_backward(0)
     for name in ("y", "dx", "da", "dbt"):
         torch.testing.assert_close(getattr(ours, name), getattr(torchs, name), rtol=0.05, atol=0.2)
+
+
+@needs_library
+def test_every_call_with_a_bar_is_timed() -> None:
+    assert {"apply_edits_", "write_kv", "paged_attention"} <= call_costs(budget=0).keys()
 
 
 def test_predictions() -> None:
