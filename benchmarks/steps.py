@@ -183,7 +183,7 @@ class Bench:
                 cpu.linear(x, tiny, None)
 
         with torch.inference_mode():
-            return best_seconds(walk, 8) - best_seconds(call, 8)
+            return best_seconds(walk, 30) - best_seconds(call, 30)
 
     def floor(self, rows: int, adapters: int) -> float:
         operations = 2 * (self.weights / 2) * rows
@@ -221,10 +221,11 @@ def split(
     floor: float,
 ) -> Parts:
     """plain: the same rows without adapters; short: that, after one token. products: seconds of
-    the layers' products. What noise would make negative is 0."""
+    the layers' products. No part is negative, whatever noise there is."""
     edits = max(0.0, timed.layers - plain.layers)
     attention = max(0.0, plain.layers - short.layers)
-    other = max(0.0, plain.layers - attention - products)
+    products = min(products, plain.layers - attention)
+    other = plain.layers - attention - products
     host = max(0.0, timed.step - timed.layers - timed.head)
     values = (products + timed.head, edits, attention, other, host)
     return Parts(rows, adapters, timed.step, floor, dict(zip(PARTS, values, strict=True)))
