@@ -29,12 +29,15 @@ static void attend_tile(const Call& call, const Sizes& sizes, const Unit& unit, 
                         const Part& part) {
   const AttentionLayer& layer = *call.layer;
   const int64_t tile = lo / kTile * kTile, head_size = layer.block_size * layer.head_dim;
+  const E* const k_cache = static_cast<const E*>(call.k_cache);
+  const E* const v_cache = static_cast<const E*>(call.v_cache);
+  const int64_t fetched = sizes.amx ? here.end - here.first : 0;  // groups, by the products
   for (int64_t j = 0; j < unit.heads; ++j) {
     const int64_t line = j * unit.head_lines;
     score<E>(sizes, unit.head_lines, static_cast<const Hidden<E>*>(s.q) + line * sizes.head_dim,
-             groups_of<E>(call.k_cache, here, j * head_size), here.first, here.end,
+             groups_of(k_cache + j * head_size, here, ahead), here.first, here.end,
              s.scores + line * kTile);
-    prefetch(static_cast<const E*>(call.k_cache) + j * head_size, ahead, layer.head_dim);
+    prefetch(k_cache + j * head_size, ahead, fetched, layer.head_dim);
   }
   const auto keys_of = [&](int64_t row) {
     const Span span = seen(layer, unit.position + row, lo, hi);
@@ -48,9 +51,9 @@ static void attend_tile(const Call& call, const Sizes& sizes, const Unit& unit, 
     const int64_t line = j * unit.head_lines;
     const Weighed<E> weighed = {reinterpret_cast<Hidden<E>*>(s.scores) + line * kWeightStride<E>,
                                 s.keep + line, part.acc + line * sizes.width, unit.head_lines,
-                                groups_of<E>(call.v_cache, here, j * head_size)};
+                                groups_of(v_cache + j * head_size, here, ahead)};
     add_values(sizes, weighed, begin, end, keys_of, s);
-    prefetch(static_cast<const E*>(call.v_cache) + j * head_size, ahead, layer.head_dim);
+    prefetch(v_cache + j * head_size, ahead, fetched, layer.head_dim);
   }
 }
 

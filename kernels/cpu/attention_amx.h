@@ -2,6 +2,8 @@
 // B 7 of 16. A and C have the rows of `configure`; B lies in the cache as it is.
 //
 // Lines are taken `configured` at a time; the last of them may repeat lines that came before.
+// While a group is read, so is one of a tile to come from memory: a burst of prefetches for a whole
+// tile would hold up the reading.
 
 #pragma once
 
@@ -27,6 +29,12 @@ static void configure(int64_t lines) {
   _tile_loadconfig(&config);
 }
 
+// A tile's rows of 64 bytes, for the second-level cache.
+MANYLORA_INLINE void fetch_tile(const bf16* tile, int rows, int64_t row_bytes) {
+  const char* const at = reinterpret_cast<const char*>(tile);
+  for (int i = 0; i < rows; ++i) _mm_prefetch(at + i * row_bytes, _MM_HINT_T1);
+}
+
 template <int N>
 MANYLORA_INLINE void zero_tiles() {
   _tile_zero(0);
@@ -44,12 +52,13 @@ MANYLORA_INLINE void store_tiles(float* to, int64_t stride) {
 }
 
 template <int N>
-static void score_tiles(const bf16* q, int64_t head_dim, const bf16* const* keys, float* scores,
-                        int64_t stride) {
+static void score_tiles(const bf16* q, int64_t head_dim, const bf16* const* keys,
+                        const bf16* const* ahead, float* scores, int64_t stride) {
   zero_tiles<N>();
   int64_t d = 0;
   for (; d + 32 <= head_dim; d += 32) {
     const int64_t at = d * kGroup;
+    for (int n = 0; n < N && ahead != nullptr; ++n) fetch_tile(ahead[n] + at, 16, 64);
     _tile_loadd(4, q + d, head_dim * 2);
     _tile_loadd(6, keys[0] + at, 64);
     _tile_dpbf16ps(0, 4, 6);
@@ -68,6 +77,7 @@ static void score_tiles(const bf16* q, int64_t head_dim, const bf16* const* keys
   }
   if (d < head_dim) {
     const int64_t at = d * kGroup;
+    for (int n = 0; n < N && ahead != nullptr; ++n) fetch_tile(ahead[n] + at, 8, 64);
     _tile_loadd(5, q + d, head_dim * 2);
     _tile_loadd(7, keys[0] + at, 64);
     _tile_dpbf16ps(0, 5, 7);
@@ -87,29 +97,35 @@ static void score_tiles(const bf16* q, int64_t head_dim, const bf16* const* keys
   store_tiles<N>(scores, stride);
 }
 
-// scores [lines][groups * 16] = q [lines][head_dim] times the groups' keys.
+// scores [lines][groups * 16] = q [lines][head_dim] times the groups' keys. ahead: as many groups to
+// be read from memory.
 static void score_amx(int64_t lines, const bf16* q, int64_t head_dim, const bf16* const* keys,
-                      int64_t groups, float* scores, int64_t stride) {
+                      const bf16* const* ahead, int64_t groups, float* scores, int64_t stride) {
   const int64_t rows = configured(lines);
   for (int64_t i = 0; i < lines; i += rows) {
     const int64_t line = i + rows <= lines ? i : lines - rows;
     const bf16* const from = q + line * head_dim;
     float* const to = scores + line * stride;
-    if (groups == 1) score_tiles<1>(from, head_dim, keys, to, stride);
-    if (groups == 2) score_tiles<2>(from, head_dim, keys, to, stride);
-    if (groups == 3) score_tiles<3>(from, head_dim, keys, to, stride);
-    if (groups == 4) score_tiles<4>(from, head_dim, keys, to, stride);
+    if (i > 0) ahead = nullptr;
+    if (groups == 1) score_tiles<1>(from, head_dim, keys, ahead, to, stride);
+    if (groups == 2) score_tiles<2>(from, head_dim, keys, ahead, to, stride);
+    if (groups == 3) score_tiles<3>(from, head_dim, keys, ahead, to, stride);
+    if (groups == 4) score_tiles<4>(from, head_dim, keys, ahead, to, stride);
   }
 }
 
 // Columns [column, column + N * 16) of the weighted sum of the groups' values.
 template <int N>
 static void weigh_tiles(const bf16* weights, int64_t weight_stride, const bf16* const* values,
-                        int64_t groups, int64_t column, int64_t head_dim, float* sums) {
+                        const bf16* const* ahead, int64_t groups, int64_t column,
+                        int64_t head_dim, float* sums) {
   const int64_t row_bytes = head_dim * 4;
   zero_tiles<N>();
   for (int64_t g = 0; g < groups; ++g) {
     const bf16* const b = values[g] + column * 2;
+    for (int n = 0; n < N && ahead != nullptr; ++n) {
+      fetch_tile(ahead[g] + (column + n * 16) * 2, 8, row_bytes);
+    }
     _tile_loadd(5, weights + g * kGroup, weight_stride * 2);
     _tile_loadd(7, b, row_bytes);
     _tile_dpbf16ps(0, 5, 7);
@@ -130,21 +146,23 @@ static void weigh_tiles(const bf16* weights, int64_t weight_stride, const bf16* 
 }
 
 // sums [head_lines][head_dim]: those of [line, line + lines) = weights times the groups' values;
-// others may be overwritten, so the caller takes what it wants before the next call.
+// others may be overwritten, so the caller takes what it wants before the next call. ahead: as in
+// score_amx.
 static void weigh_amx(int64_t head_lines, int64_t line, int64_t lines, const bf16* weights,
-                      int64_t weight_stride, const bf16* const* values, int64_t groups,
-                      int64_t head_dim, float* sums) {
+                      int64_t weight_stride, const bf16* const* values, const bf16* const* ahead,
+                      int64_t groups, int64_t head_dim, float* sums) {
   const int64_t rows = configured(head_lines), end = line + lines;
   for (int64_t i = line; i < end; i += rows) {
     const int64_t first = i + rows <= head_lines ? i : head_lines - rows;
     const bf16* const w = weights + first * weight_stride;
     float* const to = sums + first * head_dim;
+    if (i > line) ahead = nullptr;
     int64_t d = 0;
     for (; d + 64 <= head_dim; d += 64) {
-      weigh_tiles<4>(w, weight_stride, values, groups, d, head_dim, to);
+      weigh_tiles<4>(w, weight_stride, values, ahead, groups, d, head_dim, to);
     }
     for (; d < head_dim; d += 16) {
-      weigh_tiles<1>(w, weight_stride, values, groups, d, head_dim, to);
+      weigh_tiles<1>(w, weight_stride, values, ahead, groups, d, head_dim, to);
     }
   }
 }

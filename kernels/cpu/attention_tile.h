@@ -38,25 +38,28 @@ static int64_t find(const Call& call, int64_t sequence, int64_t head, int64_t lo
   return hi;
 }
 
+// All groups but the first so many.
 template <class T>
-MANYLORA_INLINE void prefetch(const T* cache, const Places& places, int64_t head_dim) {
+MANYLORA_INLINE void prefetch(const T* cache, const Places& places, int64_t but, int64_t head_dim) {
   constexpr int64_t kLine = 64 / sizeof(T);
-  for (int64_t g = places.first; g < places.end; ++g) {
+  for (int64_t g = places.first + but; g < places.end; ++g) {
     const T* const group = cache + places.at[g];
     for (int64_t i = 0; i < kGroup * head_dim; i += kLine) __builtin_prefetch(group + i, 0, 2);
   }
 }
 
-// A tile's keys or values of one head: its groups.
+// A tile's keys or values of one head: its groups, and for each of them one of a tile to come.
 template <class E>
 struct Groups {
-  const E* at[kGroups];
+  const E *at[kGroups], *ahead[kGroups];
 };
 template <class E>
-MANYLORA_INLINE Groups<E> groups_of(const void* cache, const Places& places, int64_t shift) {
+MANYLORA_INLINE Groups<E> groups_of(const E* cache, const Places& here, const Places& ahead) {
   Groups<E> groups;
-  for (int64_t g = places.first; g < places.end; ++g) {
-    groups.at[g] = static_cast<const E*>(cache) + places.at[g] + shift;
+  for (int64_t g = here.first; g < here.end; ++g) {
+    const int64_t other = smaller(ahead.first + g - here.first, ahead.end - 1);
+    groups.at[g] = cache + here.at[g];
+    groups.ahead[g] = cache + ahead.at[other];
   }
   return groups;
 }
@@ -68,8 +71,8 @@ static void score(const Sizes& sizes, int64_t lines, const Hidden<E>* q, const G
 #if defined(__AMX_BF16__)
   if constexpr (kDepth<E> == 2) {
     if (sizes.amx) {
-      return score_amx(lines, q, sizes.head_dim, keys.at + first, end - first,
-                       scores + first * kGroup, kTile);
+      return score_amx(lines, q, sizes.head_dim, keys.at + first, keys.ahead + first,
+                       end - first, scores + first * kGroup, kTile);
     }
   }
 #endif

@@ -75,7 +75,8 @@ static void add_groups(const Sizes& sizes, const Weighed<E>& w, int64_t line, in
   if constexpr (kDepth<E> == 2) {
     if (sizes.amx) {
       weigh_amx(w.lines, line, lines, w.weights + first * kGroup, kWeightStride<E>,
-                w.values.at + first, end - first, sizes.head_dim, s.products);
+                w.values.at + first, w.values.ahead + first, end - first, sizes.head_dim,
+                s.products);
       for (int64_t i = line; i < line + lines; ++i) {
         float* const acc = w.acc + i * sizes.width;
         const float* const added = s.products + i * sizes.width;
