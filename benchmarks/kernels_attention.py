@@ -34,15 +34,24 @@ LLAMA3 = Heads(32, 8, 128)
 
 
 class Attention:
-    """Sequences that each bring `rows` rows to a context whose blocks lie in any order, over the
-    caches of as many layers as the ring holds."""
+    """Sequences that each bring `rows` rows to a context, over the caches of as many layers as the
+    ring holds. shuffled: blocks lie in any order."""
 
     def __init__(
-        self, of: Heads, sequences: int, context: int, ring: Ring, rows: int = 1, layers: int = 64
+        self,
+        of: Heads,
+        sequences: int,
+        context: int,
+        ring: Ring,
+        rows: int = 1,
+        layers: int = 64,
+        shuffled: bool = True,
     ) -> None:
         blocks = -(-context // BLOCK)
         self.nbytes = sequences * context * of.position_bytes
-        order = np.random.default_rng(0).permutation(sequences * blocks).astype(np.int32)
+        order = np.arange(sequences * blocks, dtype=np.int32)
+        if shuffled:
+            np.random.default_rng(0).shuffle(order)
         counts = np.full(sequences, rows, np.int32)
         contexts = np.full(sequences, context, np.int32)
         self.batch = kernels.make_batch(counts, contexts, order.reshape(sequences, blocks), BLOCK)

@@ -53,7 +53,8 @@ def measure(ring: Ring, budget: float) -> Iterator[Bar]:
     yield from _distinct(ring, budget)
     yield from _torchs_ways(ring, budget)
     yield from _base(ring, budget)
-    yield _attention(ring, budget)
+    yield _attention(ring, budget, shuffled=False)
+    yield _attention(ring, budget, shuffled=True)
     for name, us in call_costs(budget / 2).items():
         yield Bar(f"a call of {name} beyond its work, us", us, 3)
 
@@ -83,8 +84,9 @@ def _base(ring: Ring, budget: float) -> Iterator[Bar]:
         yield Bar(f"{what}, {case} / base product", ours / min(products), bar)
 
 
-def _attention(ring: Ring, budget: float) -> Bar:
-    step = Attention(SMOLLM2, 32, 2000, ring)
+def _attention(ring: Ring, budget: float, shuffled: bool) -> Bar:
+    step = Attention(SMOLLM2, 32, 2000, ring, shuffled=shuffled)
     ours, read = medians([step.ours, ring.reader()], budget)
     limit = read * step.nbytes / READ_BYTES
-    return Bar("paged attention, 32 x 2000 / reading keys and values", ours / limit, 1.3)
+    order = "blocks in any order" if shuffled else "blocks in order"
+    return Bar(f"paged attention, 32 x 2000, {order} / reading keys and values", ours / limit, 1.3)
