@@ -10,6 +10,8 @@ from typing import Any
 import peft
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from manylora_testing import Oracle
 from manylora_testing.adapters import tiny_lora
 from manylora_testing.engine import Answer, House
@@ -206,3 +208,34 @@ async def test_preempted(start: Start, invoked: dict[str, Path], model: Any) -> 
 )
 def test_acts_from(invocation: list[int], prompt: list[int], wanted: int) -> None:
     assert acts_from(invocation, prompt) == wanted
+
+
+@given(st.lists(st.integers(0, 1), max_size=5), st.lists(st.integers(0, 1), max_size=24))
+def test_acts_from_by_definition(invocation: list[int], prompt: list[int]) -> None:
+    ends = range(len(invocation), len(prompt) + 1)
+    starts = [
+        end - len(invocation) for end in ends if prompt[:end][-len(invocation) :] == invocation
+    ]
+    assert acts_from(invocation, prompt) == (max(starts, default=NEVER) if invocation else 0)
+
+
+class Counted(int):
+    """A token that counts how often it is compared."""
+
+    compared = 0
+    __hash__ = int.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        Counted.compared += 1
+        return isinstance(other, int) and int(self) == int(other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+
+@pytest.mark.parametrize("odd", [0, 199])
+def test_long_invocations_hold_nobody_up(odd: int) -> None:
+    Counted.compared = 0
+    invocation = [Counted(6 if i == odd else 5) for i in range(200)]
+    assert acts_from(invocation, [Counted(5) for _ in range(400)]) == NEVER
+    assert Counted.compared < 4 * 600
