@@ -68,9 +68,16 @@ def prompt(
 
 
 def adapter_reference(adapter: Adapter) -> str:
-    """The text form of an adapter, or of several with weights: "tenant/a*0.7+tenant/b*0.3"."""
+    """The text form of an adapter, or of several with weights: "tenant/a*0.7+tenant/b*0.3".
+
+    Raises InvalidArgument for a mapping of none, which would be answered by the base.
+    """
     if isinstance(adapter, str):
         return adapter
+    if not adapter:
+        raise InvalidArgument(
+            "empty", field="adapter", wanted='names and weights, or "" (the base)'
+        )
     return "+".join(f"{name}*{float(weight)!r}" for name, weight in adapter.items())
 
 

@@ -120,6 +120,9 @@ def test_several_adapters_at_once(client: Any, tenant: str, adapter_dirs: list[P
     with pytest.raises(InvalidArgument) as caught:
         client.generate(PROMPT, adapter={f"{tenant}/s0": float("nan")})
     assert caught.value.field == "adapter (weight)"
+    with pytest.raises(InvalidArgument) as caught:
+        client.generate(PROMPT, adapter={})  # no adapter is "", so as not to get the base unasked
+    assert caught.value.field == "adapter"
 
 
 def test_generate_and_stream(client: Any, tenant: str, adapter_dirs: list[Path]) -> None:
