@@ -80,7 +80,7 @@ def split_head(checkpoint: Checkpoint) -> tuple[Checkpoint, Head | None]:
             if name not in taken and not _ORIGINAL.fullmatch(_bare(name))
         },
     )
-    out_size = list(layers.values())[-1].weight.shape[0] if layers else 0
+    out_size = list(layers.values())[-1].weight.shape[0] if layers else None
     reader = ConfigReader(checkpoint.config)
     return rest, Head(task, layers, _labels(reader, out_size), _problem(reader))
 
@@ -148,11 +148,13 @@ def _load_layers(
     return layers
 
 
-def _labels(reader: ConfigReader, count: int) -> tuple[str, ...]:
-    """Of `id2label`: {"0": name, "1": name, …}; empty where it is absent."""
+def _labels(reader: ConfigReader, out_size: int | None) -> tuple[str, ...]:
+    """Of `id2label`: {"0": name, "1": name, …}; empty where it is absent. out_size: None where the
+    head is the base's."""
     named = reader.mapping("id2label")
     if not named:
         return ()
+    count = len(named) if out_size is None else out_size
     labels = [named.get(str(i)) for i in range(count)]
     texts = [label for label in labels if isinstance(label, str)]
     longest = max(map(len, texts), default=0)

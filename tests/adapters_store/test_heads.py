@@ -137,8 +137,10 @@ def test_broken_heads_are_refused(case: str, saved: Path, tmp_path: Path) -> Non
 def test_no_head_means_the_bases_own(saved: Path, tmp_path: Path) -> None:
     parts = ("dense.weight", "dense.bias", "out_proj.weight", "out_proj.bias")
     gone = dict.fromkeys(f"base_model.model.classifier.{part}" for part in parts)
-    _, head = split_head(changed(saved, tmp_path, tensors=dict(gone)))
-    assert head is not None and not head.layers
+    names = {"id2label": {"0": "calm", "1": "angry"}}
+    head = head_of(changed(saved, tmp_path, names, dict(gone)))
+    assert not head.layers
+    assert head.labels == ("calm", "angry")
 
 
 def test_a_bias_that_peft_writes_twice(saved: Path, tmp_path: Path) -> None:

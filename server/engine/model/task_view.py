@@ -142,4 +142,12 @@ def _own_head(head: Head, own: Head | None) -> Head:
             found="no tensor of one",
             wanted="base_model.model.classifier or base_model.model.score",
         )
+    out_size = list(own.layers.values())[-1].weight.shape[0]
+    if head.labels and len(head.labels) != out_size:
+        raise FailedPrecondition(
+            "does not name the labels of the base's head",
+            field=f"{CONFIG_FILE}: id2label",
+            found=f"{len(head.labels)} names",
+            wanted=f"{out_size} names",
+        )
     return replace(head, layers=own.layers)
