@@ -170,7 +170,7 @@ class AsyncEngine:
 
     def _check(self, request: Request) -> None:
         vocab = self.info.vocab_size
-        most = self.info.max_context - self.info.generates  # room for an answer
+        most = self.info.max_context - (request.pooling is None)  # room for an answer
         if request.pooling is None and not self.info.generates:
             raise FailedPrecondition(
                 "the base model is an encoder, which continues no text", field="model"

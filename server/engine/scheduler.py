@@ -169,25 +169,27 @@ class Scheduler:
         """Once its adapter is resident: gives the sequence the adapter's own tokens, which only
         now are known to leave the prompt too little room."""
         sequence.prepend(self._residency.prefix(sequence.request.adapter))
-        if len(sequence.tokens) < self._max_context:
+        answer = sequence.request.pooling is None
+        if len(sequence.tokens) + answer <= self._max_context:
             return None
         return InvalidArgument(
             "longer than the context leaves room for behind the adapter's own tokens",
             field="prompt",
             found=f"{sequence.prompt_tokens} tokens",
-            wanted=f"at most {self._max_context - 1 - sequence.prefix_tokens}",
+            wanted=f"at most {self._max_context - answer - sequence.prefix_tokens}",
         )
 
     def _start(self, sequence: Sequence) -> bool:
-        """Gives a waiting sequence its blocks and its slot if there is room for all its tokens
-        and one more block for every running sequence."""
+        """Gives a waiting sequence its blocks and its slot if there is room for all its tokens,
+        for one of an answer if it wants any, and one more block for every running sequence."""
         invocation = self._residency.invocation(sequence.request.adapter)
         sequence.acts_from = acts_from(invocation, sequence.request.prompt)
         askable = sequence.tokens[: sequence.askable]
         blocks, cached = self._blocks.start(
             sequence.digest, askable, sequence.prefix_tokens, sequence.acts_from
         )
-        need = self._blocks.blocks_for(len(sequence.tokens) + 1) - len(blocks.blocks)
+        wanted = len(sequence.tokens) + (sequence.request.pooling is None)
+        need = self._blocks.blocks_for(wanted) - len(blocks.blocks)
         reserve = min(len(self.running), self._blocks.free // 2) if self.running else 0
         if need + reserve > self._blocks.free:
             self._blocks.release(blocks)

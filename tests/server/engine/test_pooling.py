@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from manylora_testing.classifiers import make_task_adapter, peft_answer
 from manylora_testing.engine import House
 from manylora_testing.tokenizer import TOKENIZER_VOCAB, tiny_tokenizer
 
+from manylora.errors import InvalidArgument
 from manylora.server.engine.settings import EngineSettings
 from manylora.server.engine.types import PooledTask, Rows
 
@@ -75,6 +77,29 @@ async def test_decoders_equal_peft(arch: str, tmp_path: Path) -> None:
             found = torch.from_numpy(answer.values).reshape(right.shape)
             assert float((found - right).abs().max()) < TOLERANCE, task
             assert float(right.abs().max()) > 0.05
+        await house.check_nothing_is_held()
+    finally:
+        await house.stop()
+
+
+@pytest.mark.filterwarnings("ignore")
+async def test_a_prompt_may_fill_the_context(tmp_path: Path) -> None:
+    """No token follows it, so that it needs no room for one, nor a block."""
+    base = make_base("llama", tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    width = config["num_key_value_heads"] * config["head_dim"] * config["num_hidden_layers"]
+    settings = EngineSettings(model=base, kv_cache_bytes=4 * 2 * 4 * 16 * width, adapter_bytes=4096)
+    house = House(settings, {})
+    await house.engine.start()
+    try:
+        assert house.engine.info.max_context == 64
+        tokens = prompt(1, 64)
+        answer = await house.pool(tokens, "", PooledTask.EMBED, rows=Rows.LAST)
+        right = peft_answer(base, None, "FEATURE_EXTRACTION", tokens)[-1]
+        found = torch.from_numpy(answer.values).reshape(right.shape)
+        assert float((found - right).abs().max()) < TOLERANCE
+        with pytest.raises(InvalidArgument, match="context"):
+            await house.pool([*tokens, 5], "", PooledTask.EMBED, rows=Rows.LAST)
         await house.check_nothing_is_held()
     finally:
         await house.stop()
