@@ -73,12 +73,13 @@ def test_engine_gets_every_field() -> None:
         "model": Path("m"),
         "model_name": "base",
         "dtype": "float32",
+        "quantization": "int8",
         "device": "cpu",
         "kernels": "reference",
         "prefix_cache": False,
     }
     numbers = [f.name for f in fields(EngineSettings) if f.name not in given]
-    given |= {name: 3 + i for i, name in enumerate(numbers)}
+    given |= {name: 16 * i for i, name in enumerate(numbers, 1)}
     assert load_settings(given).engine() == EngineSettings(**given)  # type: ignore[arg-type]
 
 
