@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from in_process import answer, settings_for
+from in_process import Steps, answer, settings_for
 from paths import Places
 from peers.protocol import Batch, Spec
 from rich.console import Console
@@ -29,25 +29,11 @@ from manylora.kernels import EditTable, make_batch, make_plan, select
 from manylora.server.engine.front import AsyncEngine
 from manylora.server.engine.model import AdaptedModel, load_base
 from manylora.server.engine.model.step import StepInputs
-from manylora.server.engine.types import RequestRecord, Residency, StepRecord
 
 SPEEDS = ("single-base", "base-32", "distinct-32")
 KINDS = ("none", "int8")
 REPEATS = 3
 BLOCK = 16
-
-
-class Unwatched:
-    """An observer of nothing."""
-
-    def on_step(self, record: StepRecord) -> None:
-        pass
-
-    def on_request(self, record: RequestRecord) -> None:
-        pass
-
-    def on_residency(self, event: Residency) -> None:
-        pass
 
 
 @dataclass(slots=True)
@@ -64,7 +50,7 @@ async def speeds(model: Path, quantization: str, adapters: Path) -> dict[str, fl
     folders = adapter_folders(WORKLOADS["distinct-32"].ranks, model, adapters)
     spec = Spec(str(model), str(adapters), [str(f) for f in folders], resident=len(folders))
     settings = replace(settings_for(spec), quantization=quantization)
-    engine = AsyncEngine(settings, lambda digest: folders[int(digest)], Unwatched())
+    engine = AsyncEngine(settings, lambda digest: folders[int(digest)], Steps())
     await engine.start()
     found: dict[str, float] = {}
     try:

@@ -81,7 +81,7 @@ def saved_edits(
             if modules[module].kind is ModuleKind.QUANTISED:
                 raise FailedPrecondition(
                     "a quantised module cannot be replaced whole",
-                    field=f"{CONFIG_FILE}: modules_to_save",
+                    field=f"{CONFIG_FILE}: {KEY}",
                     found=module,
                 )
             _check(checkpoint, module, found.setdefault(module, {}), parameter)

@@ -7,48 +7,28 @@
 
 #pragma once
 
+#include "amx.h"
 #include "attention_layout.h"
 
 namespace manylora {
 namespace MANYLORA_ISA {
 
-constexpr int64_t kTileRows = 16;
-
-MANYLORA_INLINE int64_t configured(int64_t lines) { return lines < kTileRows ? lines : kTileRows; }
+MANYLORA_INLINE int64_t configured(int64_t lines) { return least(lines, kTileLines); }
 
 // For heads of so many lines.
 static void configure(int64_t lines) {
-  struct alignas(64) {
-    uint8_t palette = 1, start = 0, unused[14] = {};
-    uint16_t bytes[16] = {64, 64, 64, 64, 64, 32, 64, 64};
-    uint8_t rows[16] = {};
-  } config;
-  for (int i = 0; i < 6; ++i) config.rows[i] = static_cast<uint8_t>(configured(lines));
-  config.rows[6] = 16;
-  config.rows[7] = 8;
-  _tile_loadconfig(&config);
+  TileShapes shapes;
+  for (int i = 0; i < 5; ++i) shapes.set(i, configured(lines), kTileBytes);
+  shapes.set(5, configured(lines), kTileBytes / 2);
+  shapes.set(6, kTileLines, kTileBytes);
+  shapes.set(7, kTileLines / 2, kTileBytes);
+  shapes.use();
 }
 
 // A tile's rows of 64 bytes, for the second-level cache.
 MANYLORA_INLINE void fetch_tile(const bf16* tile, int rows, int64_t row_bytes) {
   const char* const at = reinterpret_cast<const char*>(tile);
   for (int i = 0; i < rows; ++i) _mm_prefetch(at + i * row_bytes, _MM_HINT_T1);
-}
-
-template <int N>
-MANYLORA_INLINE void zero_tiles() {
-  _tile_zero(0);
-  if (N > 1) _tile_zero(1);
-  if (N > 2) _tile_zero(2);
-  if (N > 3) _tile_zero(3);
-}
-template <int N>
-MANYLORA_INLINE void store_tiles(float* to, int64_t stride) {
-  const int64_t bytes = stride * 4;
-  _tile_stored(0, to, bytes);
-  if (N > 1) _tile_stored(1, to + 16, bytes);
-  if (N > 2) _tile_stored(2, to + 32, bytes);
-  if (N > 3) _tile_stored(3, to + 48, bytes);
 }
 
 template <int N>
@@ -59,42 +39,16 @@ static void score_tiles(const bf16* q, int64_t head_dim, const bf16* const* keys
   for (; d + 32 <= head_dim; d += 32) {
     const int64_t at = d * kGroup;
     for (int n = 0; n < N && ahead != nullptr; ++n) fetch_tile(ahead[n] + at, 16, 64);
-    _tile_loadd(4, q + d, head_dim * 2);
-    _tile_loadd(6, keys[0] + at, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    if (N > 1) {
-      _tile_loadd(6, keys[1] + at, 64);
-      _tile_dpbf16ps(1, 4, 6);
-    }
-    if (N > 2) {
-      _tile_loadd(6, keys[2] + at, 64);
-      _tile_dpbf16ps(2, 4, 6);
-    }
-    if (N > 3) {
-      _tile_loadd(6, keys[3] + at, 64);
-      _tile_dpbf16ps(3, 4, 6);
-    }
+    const auto columns = [&](int n) { return keys[n] + at; };
+    multiply_tiles<N>(q + d, head_dim * 2, columns, kTileBytes);
   }
   if (d < head_dim) {
     const int64_t at = d * kGroup;
     for (int n = 0; n < N && ahead != nullptr; ++n) fetch_tile(ahead[n] + at, 8, 64);
-    _tile_loadd(5, q + d, head_dim * 2);
-    _tile_loadd(7, keys[0] + at, 64);
-    _tile_dpbf16ps(0, 5, 7);
-    if (N > 1) {
-      _tile_loadd(7, keys[1] + at, 64);
-      _tile_dpbf16ps(1, 5, 7);
-    }
-    if (N > 2) {
-      _tile_loadd(7, keys[2] + at, 64);
-      _tile_dpbf16ps(2, 5, 7);
-    }
-    if (N > 3) {
-      _tile_loadd(7, keys[3] + at, 64);
-      _tile_dpbf16ps(3, 5, 7);
-    }
+    const auto columns = [&](int n) { return keys[n] + at; };
+    multiply_short_tiles<N>(q + d, head_dim * 2, columns, kTileBytes);
   }
-  store_tiles<N>(scores, stride);
+  store_tiles<N>(scores, kGroup, stride * 4);
 }
 
 // scores [lines][groups * 16] = q [lines][head_dim] times the groups' keys. ahead: as many groups to
@@ -126,23 +80,10 @@ static void weigh_tiles(const bf16* weights, int64_t weight_stride, const bf16* 
     for (int n = 0; n < N && ahead != nullptr; ++n) {
       fetch_tile(ahead[g] + (column + n * 16) * 2, 8, row_bytes);
     }
-    _tile_loadd(5, weights + g * kGroup, weight_stride * 2);
-    _tile_loadd(7, b, row_bytes);
-    _tile_dpbf16ps(0, 5, 7);
-    if (N > 1) {
-      _tile_loadd(7, b + 32, row_bytes);
-      _tile_dpbf16ps(1, 5, 7);
-    }
-    if (N > 2) {
-      _tile_loadd(7, b + 64, row_bytes);
-      _tile_dpbf16ps(2, 5, 7);
-    }
-    if (N > 3) {
-      _tile_loadd(7, b + 96, row_bytes);
-      _tile_dpbf16ps(3, 5, 7);
-    }
+    const auto columns = [&](int n) { return b + n * kTileDepth; };
+    multiply_short_tiles<N>(weights + g * kGroup, weight_stride * 2, columns, row_bytes);
   }
-  store_tiles<N>(sums + column, head_dim);
+  store_tiles<N>(sums + column, kTileLines, head_dim * 4);
 }
 
 // sums [head_lines][head_dim]: those of [line, line + lines) = weights times the groups' values;

@@ -24,6 +24,17 @@ MANYLORA_INLINE void finish(T* y, const Job<T>& job, int64_t column, Vec product
   store(y, result, n...);
 }
 
+// The same, of as many columns as the slice has from there on.
+template <class T>
+MANYLORA_INLINE void finish_part(T* y, const Job<T>& job, int64_t column, Vec product) {
+  const int64_t left = job.size - column;
+  if (left >= kLanes) {
+    finish(y, job, column, product);
+  } else if (left > 0) {
+    finish(y, job, column, product, left);
+  }
+}
+
 // C vectors of columns, from `column` of the slice, of R rows of the job. `b` is where the
 // columns' part of a block begins that is `width` columns wide.
 template <class T, int R, int C>
@@ -46,12 +57,7 @@ void expand_tile(const Tensors<T>& t, const Job<T>& job, int64_t row, int64_t co
   for (int i = 0; i < R; ++i) {
     T* y = t.y + job.rows[row + i] * t.y_stride + job.start + column;
     for (int c = 0; c < C; ++c) {
-      const int64_t left = job.size - column - c * kLanes;
-      if (left >= kLanes) {
-        finish(y + c * kLanes, job, column + c * kLanes, acc[i][c]);
-      } else if (left > 0) {
-        finish(y + c * kLanes, job, column + c * kLanes, acc[i][c], left);
-      }
+      finish_part(y + c * kLanes, job, column + c * kLanes, acc[i][c]);
     }
   }
 }

@@ -52,22 +52,8 @@ TileShapes many_ranks(const Job<bf16>& job, int64_t lines) {
 }
 
 template <int Vecs>
-MANYLORA_INLINE void zero_tiles() {
-  _tile_zero(0);
-  if constexpr (Vecs > 1) _tile_zero(1);
-  if constexpr (Vecs > 2) _tile_zero(2);
-  if constexpr (Vecs > 3) _tile_zero(3);
-  if constexpr (Vecs > 4) _tile_zero(4);
-  if constexpr (Vecs > 5) _tile_zero(5);
-}
-template <int Vecs>
-MANYLORA_INLINE void store_tiles(Sums& sums) {
-  _tile_stored(0, sums.of[0], kTileBytes);
-  if constexpr (Vecs > 1) _tile_stored(1, sums.of[1], kTileBytes);
-  if constexpr (Vecs > 2) _tile_stored(2, sums.of[2], kTileBytes);
-  if constexpr (Vecs > 3) _tile_stored(3, sums.of[3], kTileBytes);
-  if constexpr (Vecs > 4) _tile_stored(4, sums.of[4], kTileBytes);
-  if constexpr (Vecs > 5) _tile_stored(5, sums.of[5], kTileBytes);
+MANYLORA_INLINE void store_sums(Sums& sums) {
+  store_tiles<Vecs>(sums.of[0][0], kTileLines * kTileLines, kTileBytes);
 }
 
 // Where 16 columns of packed B begin, within whole blocks.
@@ -102,46 +88,7 @@ MANYLORA_INLINE void multiply_few(const Job<bf16>& job, Sums& sums) {
     _tile_loadd(7, columns_of(job, sums.column + 80), kStride);
     _tile_dpbf16ps(5, 6, 7);
   }
-  store_tiles<Vecs>(sums);
-}
-
-// c 0 to Vecs - 1 += 32 ranks, h in 4 and B in 6; or the last few, in 5 and 7.
-template <int Vecs>
-MANYLORA_INLINE void multiply_h(const bf16* h, int64_t h_stride, const bf16* b, int64_t b_stride) {
-  _tile_loadd(4, h, h_stride);
-  _tile_loadd(6, b, b_stride);
-  _tile_dpbf16ps(0, 4, 6);
-  if constexpr (Vecs > 1) {
-    _tile_loadd(6, b + kTileDepth, b_stride);
-    _tile_dpbf16ps(1, 4, 6);
-  }
-  if constexpr (Vecs > 2) {
-    _tile_loadd(6, b + 2 * kTileDepth, b_stride);
-    _tile_dpbf16ps(2, 4, 6);
-  }
-  if constexpr (Vecs > 3) {
-    _tile_loadd(6, b + 3 * kTileDepth, b_stride);
-    _tile_dpbf16ps(3, 4, 6);
-  }
-}
-template <int Vecs>
-MANYLORA_INLINE void multiply_last_h(const bf16* h, int64_t h_stride, const bf16* b,
-                                     int64_t b_stride) {
-  _tile_loadd(5, h, h_stride);
-  _tile_loadd(7, b, b_stride);
-  _tile_dpbf16ps(0, 5, 7);
-  if constexpr (Vecs > 1) {
-    _tile_loadd(7, b + kTileDepth, b_stride);
-    _tile_dpbf16ps(1, 5, 7);
-  }
-  if constexpr (Vecs > 2) {
-    _tile_loadd(7, b + 2 * kTileDepth, b_stride);
-    _tile_dpbf16ps(2, 5, 7);
-  }
-  if constexpr (Vecs > 3) {
-    _tile_loadd(7, b + 3 * kTileDepth, b_stride);
-    _tile_dpbf16ps(3, 5, 7);
-  }
+  store_sums<Vecs>(sums);
 }
 
 // c 0 to Vecs - 1 = the rows of h by one block of packed B.
@@ -153,28 +100,31 @@ MANYLORA_INLINE void multiply_many(const Job<bf16>& job, Sums& sums) {
   const bf16* const b = job.b + sums.column * job.padded_rank;
   zero_tiles<Vecs>();
   int64_t j = 0;
+  const auto columns = [&](int n) { return b + j * kWidth + n * kTileDepth; };
   for (; j + kTileDepth <= job.padded_rank; j += kTileDepth) {
-    multiply_h<Vecs>(h + j, h_stride, b + j * kWidth, b_stride);
+    multiply_tiles<Vecs>(h + j, h_stride, columns, b_stride);
   }
-  if (j < job.padded_rank) multiply_last_h<Vecs>(h + j, h_stride, b + j * kWidth, b_stride);
-  store_tiles<Vecs>(sums);
+  if (j < job.padded_rank) multiply_short_tiles<Vecs>(h + j, h_stride, columns, b_stride);
+  store_sums<Vecs>(sums);
 }
 
-// Adds sums into y. Plain: whole vectors, no out_scale, no bias.
+// Adds one vector into y. Plain: whole vectors, no out_scale, no bias.
+template <bool Plain>
+MANYLORA_INLINE void add_sum(bf16* y, const Job<bf16>& job, int64_t column, Vec sum) {
+  if (Plain) {
+    store(y, fma(splat(job.scale), sum, load(y)));
+  } else {
+    finish_part(y, job, column, sum);
+  }
+}
+
 template <int Vecs, bool Plain>
 MANYLORA_INLINE void add_sums(const Tensors<bf16>& t, const Job<bf16>& job, const Sums& sums) {
   for (int64_t row = sums.row; row < sums.row_end; ++row) {
     bf16* const y = t.y + job.rows[row] * t.y_stride + job.start + sums.column;
     for (int v = 0; v < Vecs; ++v) {
-      const int64_t column = sums.column + v * kLanes, left = job.size - column;
       const Vec sum = load(sums.of[v][row - sums.first_row]);
-      if (Plain) {
-        store(y + v * kLanes, fma(splat(job.scale), sum, load(y + v * kLanes)));
-      } else if (left >= kLanes) {
-        finish(y + v * kLanes, job, column, sum);
-      } else if (left > 0) {
-        finish(y + v * kLanes, job, column, sum, left);
-      }
+      add_sum<Plain>(y + v * kLanes, job, sums.column + v * kLanes, sum);
     }
   }
 }
@@ -252,14 +202,7 @@ MANYLORA_INLINE void expand_row(const Tensors<bf16>& t, const Job<bf16>& job, in
   }
   bf16* const y = t.y + job.rows[0] * t.y_stride + job.start + column;
   for (int v = 0; v < Vecs; ++v) {
-    const int64_t left = job.size - column - v * kLanes;
-    if (Plain) {
-      store(y + v * kLanes, fma(splat(job.scale), total[v], load(y + v * kLanes)));
-    } else if (left >= kLanes) {
-      finish(y + v * kLanes, job, column + v * kLanes, total[v]);
-    } else if (left > 0) {
-      finish(y + v * kLanes, job, column + v * kLanes, total[v], left);
-    }
+    add_sum<Plain>(y + v * kLanes, job, column + v * kLanes, total[v]);
   }
 }
 

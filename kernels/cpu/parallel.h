@@ -57,9 +57,10 @@ static inline void relax() {
 template <class Task>
 struct Draw {
   const Task& task;
-  int64_t tasks;
-  int64_t next;
+  const int64_t tasks;
+  int64_t next = 0;
 
+  Draw(const Task& its_task, int64_t its_tasks, int64_t) : task(its_task), tasks(its_tasks) {}
   static void run(int64_t, int64_t, void* context) {
     Draw& draw = *static_cast<Draw*>(context);
     for (;;) {
@@ -157,28 +158,27 @@ static inline void on_threads(RangeFn job, int64_t workers, void* context) {
   if (pool.parallel_for(0, workers, 1, job, context) != 0) job(0, 0, context);
 }
 
-// Calls task(i) once for each i in [0, tasks), on at most `workers` threads.
-template <class Task>
-static void parallel_tasks(int64_t tasks, int64_t workers, const Task& task) {
+template <template <class> class Order, class Task>
+static void run_tasks(int64_t tasks, int64_t workers, const Task& task) {
   if (workers > tasks) workers = tasks;
   if (workers <= 1) {
     for (int64_t i = 0; i < tasks; ++i) task(i);
     return;
   }
-  Draw<Task> draw{task, tasks, 0};
-  on_threads(&Draw<Task>::run, workers, &draw);
+  Order<Task> order(task, tasks, workers);
+  on_threads(&Order<Task>::run, workers, &order);
+}
+
+// Calls task(i) once for each i in [0, tasks), on at most `workers` threads.
+template <class Task>
+static void parallel_tasks(int64_t tasks, int64_t workers, const Task& task) {
+  run_tasks<Draw>(tasks, workers, task);
 }
 
 // The same for tasks that wait for no others, each thread its own share first.
 template <class Task>
 static void parallel_shares(int64_t tasks, int64_t workers, const Task& task) {
-  if (workers > tasks) workers = tasks;
-  if (workers <= 1) {
-    for (int64_t i = 0; i < tasks; ++i) task(i);
-    return;
-  }
-  Shares<Task> shares(task, tasks, workers);
-  on_threads(&Shares<Task>::run, workers, &shares);
+  run_tasks<Shares>(tasks, workers, task);
 }
 
 }  // namespace MANYLORA_ISA

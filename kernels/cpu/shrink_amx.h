@@ -73,10 +73,7 @@ MANYLORA_INLINE void multiply(const bf16* a, int64_t stride, int64_t block) {
 template <int Blocks, bool One>
 void shrink_tiles(const bf16* const* x, const bf16* a, int64_t ranks, int64_t in, float* sums) {
   alignas(64) bf16 panel[kPanelDepth * kTileLines];
-  if constexpr (Blocks > 0) _tile_zero(0);
-  if constexpr (Blocks > 1) _tile_zero(1);
-  if constexpr (Blocks > 2) _tile_zero(2);
-  if constexpr (Blocks > 3) _tile_zero(3);
+  zero_tiles<Blocks>();
   for (int64_t first = 0; first < in; first += kPanelDepth) {
     const int64_t end = least(in, first + kPanelDepth);
     for (int64_t k = first; !One && k < end; k += kTileDepth) {
@@ -102,10 +99,7 @@ void shrink_tiles(const bf16* const* x, const bf16* a, int64_t ranks, int64_t in
     }
   }
   constexpr int64_t kRowBytes = One ? 4 : kTileBytes, kStored = One ? kTileLines : 256;
-  _tile_stored(0, sums, kRowBytes);
-  if constexpr (Blocks > 1) _tile_stored(1, sums + kStored, kRowBytes);
-  if constexpr (Blocks > 2) _tile_stored(2, sums + 2 * kStored, kRowBytes);
-  if constexpr (Blocks > 3) _tile_stored(3, sums + 3 * kStored, kRowBytes);
+  store_tiles<Blocks>(sums, kStored, kRowBytes);
 }
 
 template <bool One>

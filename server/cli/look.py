@@ -33,15 +33,14 @@ def classify(
     server: Server = DEFAULT_SERVER,
 ) -> None:
     """Score a text with an adapter's classifier, the likeliest label first."""
-    first = read_prompt(text)
+    alone, pair = _read_texts(text, second)
 
     from manylora.client import Client
 
-    alone, pair = (first, None) if second is None else (None, (first, second))
     with Client(server) as client:
         if tokens:
             answer = client.classify_tokens(alone, pair=pair, adapter=adapter)
-            print_json(answer) if as_json else _print_tokens(answer, (first, second or ""))
+            print_json(answer) if as_json else _print_tokens(answer, pair or (alone or "", ""))
         else:
             found = client.classify(alone, pair=pair, adapter=adapter)
             print_json(found) if as_json else _print_labels(found)
@@ -59,15 +58,20 @@ def embed(
     server: Server = DEFAULT_SERVER,
 ) -> None:
     """Print a text's vector, as JSON."""
-    first = read_prompt(text)
+    alone, pair = _read_texts(text, second)
 
     from manylora.client import Client
 
-    alone, pair = (first, None) if second is None else (None, (first, second))
     with Client(server) as client:
         print_json(
             client.embed(alone, pair=pair, adapter=adapter, pooling=pooling, normalize=normalize)
         )
+
+
+def _read_texts(text: str | None, second: str | None) -> tuple[str | None, tuple[str, str] | None]:
+    """The text alone, or the pair: one of them."""
+    first = read_prompt(text)
+    return (first, None) if second is None else (None, (first, second))
 
 
 def _print_labels(found: Classification) -> None:

@@ -246,12 +246,7 @@ class Engine:
         for chunk, drawn in zip(sampled, samples, strict=True):
             sequence = chunk.sequence
             if drawn is None:
-                self._fail(
-                    sequence,
-                    FailedPrecondition(
-                        f"the logits are not finite in {self.model.dtype}", field="adapter"
-                    ),
-                )
+                self._fail(sequence, self._not_finite("logits"))
                 continue
             sequence.append(drawn.token, now)
             reason = self._finish_reason(sequence, drawn.token)
@@ -265,18 +260,18 @@ class Engine:
 
     def _take_in_pooled(self, sequence: Sequence, values: torch.Tensor) -> None:
         if not bool(values.isfinite().all()):
-            self._fail(
-                sequence,
-                FailedPrecondition(
-                    f"the values are not finite in {self.model.dtype}", field="adapter"
-                ),
-            )
+            self._fail(sequence, self._not_finite("values"))
             return
         head = self._head(sequence.request.adapter)
         pooled = describe(sequence, values, self.model, head)
         self._events.append(PooledEvent(sequence.request.id, pooled))
         sequence.first_token = time.monotonic()
         self._finish(sequence, "pooled")
+
+    def _not_finite(self, what: str) -> FailedPrecondition:
+        return FailedPrecondition(
+            f"the {what} are not finite in {self.model.dtype}", field="adapter"
+        )
 
     def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
         if token in sequence.stop_ids:

@@ -73,20 +73,11 @@ class InferenceService(pb_grpc.InferenceServiceServicer):
     async def StreamGenerate(
         self, request: pb.GenerateRequest, context: Context
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
-        deadline = _deadline(context)
-        adapter = await self._resolve(request.adapter)
-        prompt = await self._read(request.prompt)
-        generation = Request(
-            id=uuid.uuid4().hex,
-            prompt=prompt.ids,
-            sampling=_sampling(request.sampling),
-            adapter=adapter,
-            deadline=deadline,
-            token_types=prompt.types,
-        )
-        async with aclosing(self._engine.stream(generation)) as deltas:
+        asked, _ = await self._ask(request, context)
+        asked = replace(asked, sampling=_sampling(request.sampling))
+        async with aclosing(self._engine.stream(asked)) as deltas:
             async for delta in deltas:
-                yield _response(delta, adapter)
+                yield _response(delta, asked.adapter)
 
     async def Classify(self, request: pb.ClassifyRequest, context: Context) -> pb.ClassifyResponse:
         looked = await self._look(request, context, Pooling(PooledTask.CLASSIFY))
@@ -148,23 +139,26 @@ class InferenceService(pb_grpc.InferenceServiceServicer):
         )
 
     async def _look(self, request: _LookRequest, context: Context, pooling: Pooling) -> _Looked:
+        asked, prompt = await self._ask(request, context)
+        pooled = await self._engine.pool(replace(asked, pooling=pooling))
+        return _Looked(prompt, pooled, _label(asked.adapter))
+
+    async def _ask(
+        self, request: pb.GenerateRequest | _LookRequest, context: Context
+    ) -> tuple[Request, Encoded]:
+        """What all of them have in common, for the engine; and the prompt."""
         deadline = _deadline(context)
-        adapter = await self._resolve(request.adapter)
+        adapter = await resolve_adapter(self._store, request.adapter)
         prompt = await self._read(request.prompt)
-        look = Request(
+        asked = Request(
             id=uuid.uuid4().hex,
             prompt=prompt.ids,
             sampling=_SAMPLING_DEFAULTS,
             adapter=adapter,
             deadline=deadline,
-            pooling=pooling,
             token_types=prompt.types,
         )
-        pooled = await self._engine.pool(look)
-        return _Looked(prompt, pooled, "" if adapter is None else adapter.label)
-
-    async def _resolve(self, reference: str) -> AdapterKey | None:
-        return await resolve_adapter(self._store, reference)
+        return asked, prompt
 
     async def _read(self, prompt: pb.Prompt) -> Encoded:
         """The prompt's tokens; of types that the base does not tell apart, none but those that the
@@ -211,8 +205,12 @@ def _response(delta: Delta, adapter: AdapterKey | None) -> pb.GenerateResponse:
         logprobs=[_token_logprobs(entry) for entry in delta.logprobs],
         finish_reason=_FINISH_REASONS[delta.finish_reason],
         usage=None if delta.usage is None else _usage(delta.usage),
-        adapter="" if adapter is None else adapter.label,
+        adapter=_label(adapter),
     )
+
+
+def _label(adapter: AdapterKey | None) -> str:
+    return "" if adapter is None else adapter.label
 
 
 def _usage(usage: Usage) -> pb.Usage:

@@ -133,21 +133,22 @@ class FusedNorm:
         """As `rms_norm`, but each row by its adapter's own weight if it has one."""
         step = self.step
         normed, h = step.kernels.rms_norm(x, self.weight, self.eps, residual, offset=self.offset)
-        if step.overridden:
-            for where, own in step.overridden.get(self.module, ()):
-                if own.weight is not None:
-                    rms_norm = step.kernels.rms_norm
-                    normed[where] = rms_norm(h[where], own.weight, self.eps, offset=self.offset)[0]
+        for where, weight in self._own_weights():
+            rms_norm = step.kernels.rms_norm
+            normed[where] = rms_norm(h[where], weight, self.eps, offset=self.offset)[0]
         return normed, h
 
     def heads(self, x: Tensor) -> Tensor:
         """Each head's norm by itself: [rows, heads * n]."""
         y = self._heads(x, self.weight)
-        if self.step.overridden:
-            for where, own in self.step.overridden.get(self.module, ()):
-                if own.weight is not None:
-                    y[where] = self._heads(x[where], own.weight)
+        for where, weight in self._own_weights():
+            y[where] = self._heads(x[where], weight)
         return y
+
+    def _own_weights(self) -> list[tuple[Tensor, Tensor]]:
+        """Which rows have a weight of their adapter's, and that weight."""
+        owned = self.step.overridden.get(self.module, ()) if self.step.overridden else ()
+        return [(where, own.weight) for where, own in owned if own.weight is not None]
 
     def _heads(self, x: Tensor, weight: Tensor) -> Tensor:
         heads = x.reshape(-1, len(weight))
