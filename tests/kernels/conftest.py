@@ -6,30 +6,48 @@ With TRITON_INTERPRET=1 they run through the Triton kernels alone: test_triton.p
 from __future__ import annotations
 
 import importlib
-import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+from kernel_cases import DTYPES, INTERPRETED
 
 from manylora.kernels import Backend, cpu
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
     import triton_interpreter
 
     triton_interpreter.install()
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BACKENDS = ("reference", *(f"cpu-{isa}" for isa in (cpu.isas() if cpu.available() else ())))
 if INTERPRETED:
     BACKENDS = ("triton",)
+KERNELS = tuple(name for name in BACKENDS if name != "reference")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def poisoned_memory() -> Iterator[None]:
+    """Whatever torch allocates and does not fill, results and scratch, holds NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     """Each backend in turn; "cpu-avx2" is the C++ one forced to that ISA."""
-    name, _, isa = request.param.partition("-")
+    yield from _using(request.param)
+
+
+@pytest.fixture(params=KERNELS)
+def kernels(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """Each backend but the reference, for what only they promise or refuse."""
+    yield from _using(request.param)
+
+
+def _using(name: str) -> Iterator[Backend]:
+    name, _, isa = name.partition("-")
     if not isa:
         yield importlib.import_module(f"manylora.kernels.{name}")
         return

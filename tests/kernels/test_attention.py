@@ -1,23 +1,21 @@
-"""The C++ paged attention and KV write, in every ISA that runs here, against the reference."""
+"""Paged attention and the KV write of every backend, and in every ISA that runs here, against the
+reference in float32."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from attention_steps import Step, error_bound, make_step, packed
-from hypothesis import HealthCheck, given, settings
+from attention_steps import Step, error_bound, kept, make_step
+from hypothesis import given
 from hypothesis import strategies as st
+from kernel_cases import DTYPES, INTERPRETED, drawn
 
-from manylora.kernels import cpu, reference
-from manylora.kernels.attention import make_batch
+from manylora.kernels import Backend, cpu, reference
+from manylora.kernels.attention import AttentionBatch, make_batch
 
-pytestmark = pytest.mark.skipif(not cpu.available(), reason=cpu.why_unavailable())
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SHAPES = {
     "tiny": {"heads": 6, "kv_heads": 2, "head_dim": 8, "block_size": 16},
     "odd": {"heads": 3, "kv_heads": 3, "head_dim": 6, "block_size": 48},
@@ -28,60 +26,57 @@ SHAPES = {
 }
 
 
-@pytest.fixture(params=cpu.isas() if cpu.available() else (), autouse=True)
-def isa(request: pytest.FixtureRequest) -> Iterator[None]:
-    before = cpu.current_isa()
-    cpu.set_isa(request.param)
-    yield
-    cpu.set_isa(before)
-
-
 def per_head(heads: int, seed: int = 0) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(seed).uniform(0.01, 2, heads).astype(np.float32))
 
 
-def check(step: Step, dtype: torch.dtype, **options: Any) -> None:
+def check(backend: Backend, step: Step, dtype: torch.dtype, **options: Any) -> None:
     q, k_cache, v_cache, batch = step.tensors
     want = reference.paged_attention(q.float(), k_cache.float(), v_cache.float(), batch, **options)
-    got = cpu.paged_attention(q, *packed(k_cache, v_cache), batch, **options)
+    got = backend.paged_attention(q, *kept(backend, k_cache, v_cache), batch, **options)
     assert got.dtype == dtype and got.is_contiguous()
     error = (got.float() - want).abs() - error_bound(step, dtype, **options)
     assert (error <= 0).all(), f"beyond the bound by {error.max()}"
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_against_the_reference(shape: str, dtype: torch.dtype) -> None:
-    sizes = SHAPES[shape]
-    rows, context = [1, 5, 0, 34, 3, 1], [9, 5, 3, 98, 641, 32]
-    heads = sizes["heads"]
-    scale = sizes["head_dim"] ** -0.5
-    options: list[dict[str, Any]] = [
+def options_of(heads: int) -> list[dict[str, Any]]:
+    return [
         {},
         {"window": 1},
         {"window": 37, "softcap": 2.0},
         {"slopes": per_head(heads) / 10},
         {"sinks": per_head(heads) * 3, "window": 130},
         {"softcap": 20.0, "sinks": per_head(heads), "slopes": per_head(heads, 1)},
+        {"window": 40, "softcap": 9.0, "sinks": per_head(heads), "slopes": per_head(heads, 1) / 5},
     ]
-    for seed, option in enumerate(options):
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_against_the_reference(backend: Backend, shape: str, dtype: torch.dtype) -> None:
+    """Decodes, chunks and a sequence without rows in one call. In the interpreter, each option
+    in each dtype with a shape or two."""
+    sizes = SHAPES[shape]
+    rows, context = [1, 5, 0, 34, 3, 1], [9, 5, 3, 98, 641, 32]
+    if INTERPRETED:
+        rows, context = [1, 5, 0, 3, 1], [9, 5, 3, 20, 300]
+    which = list(SHAPES).index(shape) + DTYPES.index(dtype)
+    for seed, option in enumerate(options_of(sizes["heads"])):
+        if INTERPRETED and (seed + which) % 5:
+            continue
         window = option.get("window", 0)
         step = make_step(rows, context, dtype=dtype, window=window, seed=seed, **sizes)
-        check(step, dtype, scale=scale, **option)
+        check(backend, step, dtype, scale=sizes["head_dim"] ** -0.5, **option)
 
 
-@settings(
-    max_examples=25,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],  # one ISA for all examples
-)
+@drawn(interpreted=6)
 @given(data=st.data())
-def test_drawn(data: st.DataObject) -> None:
+def test_drawn(backend: Backend, dtype: torch.dtype, data: st.DataObject) -> None:
     draw = data.draw
-    context = draw(st.lists(st.integers(1, 150), min_size=1, max_size=5))
-    rows = [draw(st.integers(0, min(n, 70))) for n in context]
-    kv_heads, group = draw(st.integers(1, 4)), draw(st.integers(1, 9))
-    dtype, window = draw(st.sampled_from(DTYPES)), draw(st.sampled_from([0, 0, 1, 5, 33, 64]))
+    longest, most_rows, most_heads = (60, 20, 2) if INTERPRETED else (150, 70, 4)
+    context = draw(st.lists(st.integers(1, longest), min_size=1, max_size=5))
+    rows = [draw(st.integers(0, min(n, most_rows))) for n in context]
+    kv_heads, group = draw(st.integers(1, most_heads)), draw(st.integers(1, 9))
+    window = draw(st.sampled_from([0, 0, 1, 5, 33, 64]))
     step = make_step(
         rows,
         context,
@@ -98,12 +93,12 @@ def test_drawn(data: st.DataObject) -> None:
         for name in ("slopes", "sinks")
     }
     softcap = draw(st.sampled_from([0.0, 0.5, 30.0]))
-    check(step, dtype, scale=0.3, window=window, softcap=softcap, **extras)
+    check(backend, step, dtype, scale=0.3, window=window, softcap=softcap, **extras)
 
 
-def attend(step: Step, **options: Any) -> torch.Tensor:
-    caches = packed(step.k_cache, step.v_cache)
-    return cpu.paged_attention(step.q, *caches, step.batch, scale=0.25, **options)
+def attend(backend: Backend, step: Step, **options: Any) -> torch.Tensor:
+    caches = kept(backend, step.k_cache, step.v_cache)
+    return backend.paged_attention(step.q, *caches, step.batch, scale=0.25, **options)
 
 
 def part_of(step: Step, sequence: int, rows: int, context: int) -> Step:
@@ -122,120 +117,149 @@ def part_of(step: Step, sequence: int, rows: int, context: int) -> Step:
 
 
 @pytest.mark.parametrize("window", [0, 45])
-def test_bits_do_not_depend_on_neighbours(dtype: torch.dtype, window: int) -> None:
+def test_bits_do_not_depend_on_neighbours(
+    backend: Backend, dtype: torch.dtype, window: int
+) -> None:
     rows, context = [1, 30, 1, 1, 2, 90], [1100, 60, 33, 5, 700, 90]
+    if INTERPRETED:
+        rows, context = [1, 30, 1, 2], [300, 60, 33, 70]
     step = make_step(rows, context, heads=6, kv_heads=2, dtype=dtype, window=window)
-    together = attend(step, window=window, sinks=per_head(6))
+    how: dict[str, Any] = {"window": window, "sinks": per_head(6)}
+    together = attend(backend, step, **how)
     for s in range(len(rows)):
-        alone = attend(part_of(step, s, rows[s], context[s]), window=window, sinks=per_head(6))
+        alone = attend(backend, part_of(step, s, rows[s], context[s]), **how)
         assert torch.equal(alone, together[step.batch.seq_starts[s] : step.batch.seq_starts[s + 1]])
 
 
 @pytest.mark.parametrize(("window", "head_dim"), [(0, 20), (21, 48)])
-def test_bits_do_not_depend_on_chunks(dtype: torch.dtype, window: int, head_dim: int) -> None:
-    n = 570
+def test_bits_do_not_depend_on_chunks(
+    kernels: Backend, dtype: torch.dtype, window: int, head_dim: int
+) -> None:
+    n = 70 if INTERPRETED else 570
     step = make_step([n], [n], heads=6, kv_heads=2, head_dim=head_dim, dtype=dtype)
-    whole = attend(step, window=window, softcap=5.0)
+    whole = attend(kernels, step, window=window, softcap=5.0)
     rng = np.random.default_rng(0)
-    for most in (1, 3, 40, 300):
+    for most in (40,) if INTERPRETED else (1, 3, 40, 300):
         end = n if most > 1 else 70
         begin = 0
         while begin < end:
             rows = min(end - begin, int(rng.integers(1, most + 1)))
-            chunk = attend(part_of(step, 0, rows, begin + rows), window=window, softcap=5.0)
+            part = part_of(step, 0, rows, begin + rows)
+            chunk = attend(kernels, part, window=window, softcap=5.0)
             assert torch.equal(chunk, whole[begin : begin + rows]), (begin, rows)
             begin += rows
 
 
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter has one thread")
 @pytest.mark.usefixtures("two_threads")
-def test_bits_do_not_depend_on_threads() -> None:
+def test_bits_do_not_depend_on_threads(kernels: Backend) -> None:
     step = make_step([1, 1, 130], [2600, 40, 1300], heads=6, kv_heads=2, dtype=torch.bfloat16)
-    results = [attend(step) for _ in range(3)]
+    results = [attend(kernels, step) for _ in range(3)]
     torch.set_num_threads(1)
-    results.append(attend(step))
+    results.append(attend(kernels, step))
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
-def test_a_broken_neighbour_changes_nothing(dtype: torch.dtype) -> None:
-    step = make_step([1, 20, 4], [50, 40, 600], dtype=dtype)
-    clean = attend(step)
+def test_a_broken_neighbour_changes_nothing(backend: Backend, dtype: torch.dtype) -> None:
+    step = make_step([1, 20, 4], [300, 40, 60 if INTERPRETED else 600], dtype=dtype)
+    clean = attend(backend, step)
     for poison in (torch.nan, torch.inf, -torch.inf):
         blocks = torch.from_numpy(step.table[1, :3]).long()
         step.k_cache[blocks] = poison
         step.v_cache[blocks] = poison
         step.q[1:21] = poison
-        broken = attend(step)
+        broken = attend(backend, step)
         assert torch.equal(broken[:1], clean[:1]) and torch.equal(broken[21:], clean[21:])
         assert broken[1:21].isnan().all()
 
 
+@pytest.mark.skipif(INTERPRETED, reason="where Triton's chunks promise no more than transformers")
 @pytest.mark.parametrize("at", [17, 18])
-def test_a_row_does_not_feel_later_or_forgotten_keys(dtype: torch.dtype, at: int) -> None:
+def test_a_row_does_not_feel_later_or_forgotten_keys(
+    kernels: Backend, dtype: torch.dtype, at: int
+) -> None:
     step = make_step([40], [40], dtype=dtype)
-    clean = attend(step, window=5)
+    clean = attend(kernels, step, window=5)
     block, offset = int(step.table[0, at // 16]), at % 16
     step.k_cache[block, :, offset] = torch.nan
     step.v_cache[block, :, offset] = torch.nan
-    broken = attend(step, window=5)
+    broken = attend(kernels, step, window=5)
     feels = torch.zeros(40, dtype=torch.bool)
     feels[at : at + 5] = True
     assert broken[feels].isnan().all()
     assert torch.equal(broken[~feels], clean[~feels])
 
 
-def test_strided_queries(dtype: torch.dtype) -> None:
+def test_strided_queries(backend: Backend, dtype: torch.dtype) -> None:
     step = make_step([1, 9], [30, 40], heads=4, dtype=dtype)
-    want = attend(step)
+    want = attend(backend, step)
     qkv = torch.full((10, 4 * 16 + 70), torch.nan, dtype=dtype)
     qkv[:, 3 : 3 + 64] = step.q.flatten(1)
     heads_first = step.q.transpose(0, 1).contiguous().transpose(0, 1)
-    caches = packed(step.k_cache, step.v_cache)
-    for q in (qkv[:, 3 : 3 + 64].view(10, 4, 16), heads_first):
-        got = cpu.paged_attention(q, *caches, step.batch, scale=0.25)
+    for step.q in (qkv[:, 3 : 3 + 64].view(10, 4, 16), heads_first):
+        got = attend(backend, step)
         assert got.is_contiguous() and torch.equal(got, want)
 
 
-def test_shared_prefix_blocks() -> None:
+def test_shared_prefix_blocks(backend: Backend) -> None:
     step = make_step([4, 4], [40, 40])
     table = step.table.copy()
     table[1, :2] = table[0, :2]
-    batch = make_batch(np.array([4, 4], np.int32), np.array([40, 40], np.int32), table, 16)
-    caches = packed(step.k_cache, step.v_cache)
-    got = cpu.paged_attention(step.q, *caches, batch, scale=0.25)
-    want = reference.paged_attention(step.q, step.k_cache, step.v_cache, batch, scale=0.25)
-    torch.testing.assert_close(got, want)
+    step.batch = make_batch(np.array([4, 4], np.int32), np.array([40, 40], np.int32), table, 16)
+    want = reference.paged_attention(*step.tensors, scale=0.25)
+    torch.testing.assert_close(attend(backend, step), want)
 
 
-def test_all_scores_minus_infinity_until_late() -> None:
+def test_batches_of_one_kind_and_of_unknown_kind(backend: Backend) -> None:
+    for rows in ([1, 1, 1], [3, 0, 2], [1, 3, 0]):
+        step = make_step(rows, [40, 9, 30])
+        want = reference.paged_attention(*step.tensors, scale=0.25)
+        torch.testing.assert_close(attend(backend, step), want)
+        known = step.batch
+        assert (known.decodes, known.chunks) == (rows.count(1), 3 - rows.count(1) - rows.count(0))
+        step.batch = AttentionBatch(
+            known.seq_starts, known.context, known.block_table, known.slot_mapping
+        )
+        torch.testing.assert_close(attend(backend, step), want)
+
+
+def test_all_scores_minus_infinity_until_late(backend: Backend) -> None:
     step = make_step([1], [700], heads=1, kv_heads=1)
     blocks = torch.from_numpy(step.table[0, :40]).long()
     step.q.fill_(1.0)
     step.k_cache[blocks] = -torch.inf
-    check_against = reference.paged_attention(*step.tensors, scale=0.25)
-    assert not check_against.isnan().any()
-    torch.testing.assert_close(attend(step), check_against)
+    want = reference.paged_attention(*step.tensors, scale=0.25)
+    assert not want.isnan().any()
+    torch.testing.assert_close(attend(backend, step), want)
 
 
-def test_no_rows() -> None:
+def test_no_rows(backend: Backend) -> None:
     step = make_step([0, 0], [5, 9])
-    assert attend(step).shape == (0, 4, 16)
+    assert attend(backend, step).shape == (0, 4, 16)
 
 
-@pytest.mark.parametrize("head_dim", [2, 8, 64, 80])
-def test_write_kv(dtype: torch.dtype, head_dim: int) -> None:
-    step = make_step([1, 40, 0, 7], [9, 40, 3, 90], head_dim=head_dim, dtype=dtype)
+@pytest.mark.parametrize(("kv_heads", "head_dim"), [(2, 2), (2, 8), (9, 64), (3, 80)])
+def test_write_kv(backend: Backend, dtype: torch.dtype, kv_heads: int, head_dim: int) -> None:
+    step = make_step(
+        [1, 40, 0, 7],
+        [9, 40, 3, 90],
+        heads=kv_heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        dtype=dtype,
+    )
     rows = step.batch.rows
-    kv = torch.randn(rows, 3, 2, head_dim).to(dtype)  # strided: between k and v lies something
+    kv = torch.randn(rows, 3, kv_heads, head_dim).to(dtype)  # strided: between them lies something
     guarded = torch.full((2, step.k_cache.numel() + 64), 7.0, dtype=dtype)
     caches = [row[32:-32].view_as(step.k_cache) for row in guarded]
     wanted = [torch.full_like(cache, 7.0) for cache in caches]
-    cpu.write_kv(kv[:, 0], kv[:, 2], *caches, step.batch)
+    backend.write_kv(kv[:, 0], kv[:, 2], *caches, step.batch)
     reference.write_kv(kv[:, 0], kv[:, 2], *wanted, step.batch)
-    assert torch.equal(torch.stack(caches), torch.stack(packed(*wanted)))
+    assert torch.equal(torch.stack(caches), torch.stack(kept(backend, *wanted)))
     assert (guarded[:, :32] == 7).all() and (guarded[:, -32:] == 7).all()
 
 
-def test_misfits_are_refused() -> None:
+def test_misfits_are_refused(kernels: Backend) -> None:
     step = make_step([2], [9])
     q, k_cache, v_cache, batch = step.tensors
     k = q[:, :2]
@@ -250,13 +274,18 @@ def test_misfits_are_refused() -> None:
     ]
     for tensors in wrong:
         with pytest.raises(ValueError, match="attention: wanted"):
-            cpu.paged_attention(*tensors, batch, scale=1.0)
+            kernels.paged_attention(*tensors, batch, scale=1.0)
+    with pytest.raises(ValueError, match="sinks: found"):
+        kernels.paged_attention(q, k_cache, v_cache, batch, scale=1.0, sinks=torch.zeros(3))
+    for keys, values in ((k[:1], k[:1]), (q, q), (k.half(), k), (k, k[..., :4])):
+        with pytest.raises(ValueError, match="attention: wanted"):
+            kernels.write_kv(keys, values, k_cache, v_cache, batch)
+
+
+@pytest.mark.skipif(not cpu.available() or INTERPRETED, reason="blocks of the C++ kernels")
+def test_blocks_that_do_not_fit_the_cpu_are_refused() -> None:
+    q, _, _, batch = make_step([2], [9]).tensors
     small, odd = torch.zeros(2, 2, 8, 16), torch.zeros(2, 2, 16, 15, dtype=torch.bfloat16)
     for cache, queries in ((small, q), (odd, q[..., :15].to(odd.dtype))):
         with pytest.raises(ValueError, match="block_size that is a multiple of 16"):
             cpu.paged_attention(queries, cache, cache, batch, scale=1.0)
-    with pytest.raises(ValueError, match="sinks: found"):
-        cpu.paged_attention(q, k_cache, v_cache, batch, scale=1.0, sinks=torch.zeros(3))
-    for keys, values in ((k[:1], k[:1]), (q, q), (k.half(), k), (k, k[..., :4])):
-        with pytest.raises(ValueError, match="attention: wanted"):
-            cpu.write_kv(keys, values, k_cache, v_cache, batch)

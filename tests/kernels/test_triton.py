@@ -49,20 +49,18 @@ def interpreted(*files: str, only: str = "") -> None:
     assert " passed" in run(["-c", start, *paths, *options], TRITON_INTERPRET="1")
 
 
-def test_all_but_edits_in_the_interpreter() -> None:
-    files = ("shim", "attention", "small", "product")
-    interpreted(*(f"triton_{file}.py" for file in files))
+@pytest.mark.parametrize(
+    "files",
+    [("edits",), ("attention", "small"), ("training", "operators")],
+    ids=" and ".join,
+)
+def test_all_backends_cases_in_the_interpreter(files: tuple[str, ...]) -> None:
+    """What the other backends go through, too."""
+    interpreted(*(f"test_{file}.py" for file in files), only="triton")
 
 
-def test_edits_in_the_interpreter() -> None:
-    """What the other backends go through; of the large cases those with most to go wrong."""
-    interpreted("test_edits.py", only="triton and not (many_rows and not (bfloat16 or 2100))")
-
-
-def test_training_in_the_interpreter() -> None:
-    """What the other backends go through, and three adapters trained in one batch."""
-    only = "triton"
-    interpreted("test_training.py", "test_operators.py", only=only)
+def test_what_only_triton_has_in_the_interpreter() -> None:
+    interpreted("triton_shim.py", "triton_attention.py", "triton_product.py")
 
 
 def test_engine_in_the_interpreter() -> None:

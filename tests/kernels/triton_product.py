@@ -14,15 +14,19 @@ from manylora.kernels import EditTable, SliceGroup, make_plan, reference
 
 UNIT = {torch.float32: 2.0**-21, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 SIZES = (130, 40)
-SLOT_RANKS = ((5, 0), (33, 8), (0, 3))
+PARTS = (("rank", (5, 0)), ("all", (33, 8)), ("out_scale", (0, 0)), ("bias", (0, 3)))
+"""What each slot has beside its ranks on the two slices."""
 
 
 class Setting:
-    """Three adapters on two slices, one with everything, and rows that use them and the base."""
+    """Adapters on two slices, and rows that use them and the base.
+
+    pools, tables: of the kernels, and the same numbers in float32 for the reference.
+    """
 
     def __init__(self, dtype: torch.dtype, in_size: int, row_slots: list[int]) -> None:
         self._random = torch.Generator().manual_seed(in_size)
-        self._parts: list[torch.Tensor] = []
+        self.pools = [torch.empty(0, dtype=dtype), torch.empty(0)]
         self.dtype = dtype
         out = sum(SIZES)
         self.x = self.normal(len(row_slots), in_size).to(dtype)
@@ -30,10 +34,9 @@ class Setting:
         self.bias = self.normal(out).to(dtype)
         self.group = SliceGroup((0, 1), (0, SIZES[0]), SIZES)
         self.plan = make_plan(np.array(row_slots, np.int32))
-        self.tables = EditTable(3, 2), EditTable(3, 2)  # of the kernels, of the reference
-        for slot, ranks in enumerate(SLOT_RANKS):
-            self._write(slot, ranks, in_size)
-        self.pool = torch.cat(self._parts)
+        self.tables = EditTable(len(PARTS), 2), EditTable(len(PARTS), 2)
+        for slot, (what, ranks) in enumerate(PARTS):
+            self._write(slot, what, ranks, in_size)
 
     def normal(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=self._random)
@@ -42,46 +45,50 @@ class Setting:
         """Makes everything that the slot has NaN."""
         for offset in self.tables[0].offsets[slot].flatten().tolist():
             if offset >= 0:
-                self.pool[offset : offset + 40] = torch.nan
+                self.pools[0][offset : offset + 40] = torch.nan
         self.x[self.plan.row_slot == slot] = torch.nan
 
     def found(self) -> torch.Tensor:
         return kernels.linear_with_edits(
-            self.x, self.weight, self.bias, self.group, self.pool, self.tables[0], self.plan
+            self.x, self.weight, self.bias, self.group, self.pools[0], self.tables[0], self.plan
         )
 
     def wanted(self) -> torch.Tensor:
         """float32, from the same 16-bit numbers."""
-        y = torch.nn.functional.linear(self.x.float(), self.weight.float(), self.bias.float())
-        pool = self.pool.float() if self.dtype != torch.float32 else self.pool
-        rounded = y if self.dtype == torch.float32 else y.clone()
-        reference.apply_edits_(rounded, self.x.float(), self.group, pool, self.tables[1], self.plan)
-        return rounded
+        x, weight = self.x.float(), self.weight.float()
+        y = torch.nn.functional.linear(x, weight, self.bias.float())
+        reference.apply_edits_(y, x, self.group, self.pools[1], self.tables[1], self.plan)
+        return y
 
-    def _write(self, slot: int, ranks: tuple[int, ...], in_size: int) -> None:
+    def _write(self, slot: int, what: str, ranks: tuple[int, ...], in_size: int) -> None:
         scale = self.normal(2).numpy()
         offsets = np.full((2, 2, 5), -1, np.int64)
         for module, (rank, size) in enumerate(zip(ranks, SIZES, strict=True)):
             if rank:
-                a = self.normal(rank, in_size).to(self.dtype) / in_size**0.5
-                b = self.normal(size, rank).to(self.dtype) / rank**0.5
-                offsets[:, module, 0] = self._put(a.flatten())
-                offsets[0, module, 1] = self._put(kernels.pack_b(b, self.dtype))
-                offsets[1, module, 1] = self._put(b.flatten())
-            if slot == 1 and self.dtype == torch.float32:
-                for column in (3, 4):
-                    offsets[:, module, column] = self._put(self.normal(size))
+                a = (self.normal(rank, in_size) / in_size**0.5).to(self.dtype)
+                b = (self.normal(size, rank) / rank**0.5).to(self.dtype)
+                offsets[:, module, 0] = self._put(a.flatten(), a.flatten().float())
+                offsets[:, module, 1] = self._put(
+                    kernels.pack_b(b, self.dtype), b.flatten().float()
+                )
+            for column, name in ((3, "out_scale"), (4, "bias")):
+                if what in (name, "all"):
+                    vector = self.normal(size)
+                    offsets[:, module, column] = self._put(vector.view(self.dtype), vector)
         for table, its_offsets in zip(self.tables, offsets, strict=True):
             table.write(slot, np.array(ranks, np.int32), scale, its_offsets)
 
-    def _put(self, flat: torch.Tensor) -> int:
-        start = sum(map(len, self._parts))
-        self._parts.append(torch.cat([flat, flat.new_zeros(-len(flat) % 32)]))
-        return start
+    def _put(self, *flats: torch.Tensor) -> list[int]:
+        """Into the kernels' pool and the reference's, with NaN behind; where in each."""
+        starts = [len(pool) for pool in self.pools]
+        for number, flat in enumerate(flats):
+            gap = torch.full((32 + -len(flat) % 32,), torch.nan, dtype=flat.dtype)
+            self.pools[number] = torch.cat([self.pools[number], flat, gap])
+        return starts
 
 
 def row_slots(rows: int) -> list[int]:
-    return np.random.default_rng(rows).integers(-1, 3, rows).tolist()
+    return np.random.default_rng(rows).integers(-1, len(PARTS), rows).tolist()
 
 
 @pytest.mark.parametrize(("rows", "in_size"), [(1, 33), (70, 100), (140, 300)])
@@ -114,27 +121,34 @@ def test_without_adapters_and_without_bias() -> None:
         setting.weight,
         None,
         setting.group,
-        setting.pool,
+        setting.pools[0],
         setting.tables[0],
         setting.plan,
     )
     assert torch.equal(unbiased, setting.found())
 
 
-def test_scaled_inputs() -> None:
-    setting = Setting(torch.float32, 32, [0, -1])
-    table, group = setting.tables[0], SliceGroup.single(0, SIZES[0])
-    factors = torch.linspace(-1, 2, 32)
-    setting.pool = torch.cat([setting.pool, factors])
-    offsets = table.offsets[0].numpy().copy()
-    offsets[0, 2] = len(setting.pool) - 32
-    table.write(0, np.zeros(2, np.int32), np.zeros(2, np.float32), offsets)
-    weight = setting.weight[: SIZES[0]]
-    found = kernels.linear_with_edits(
-        setting.x, weight, None, group, setting.pool, table, setting.plan
-    )
-    wanted = torch.stack([setting.x[0] * factors, setting.x[1]]) @ weight.T
-    torch.testing.assert_close(found, wanted)
+@pytest.mark.parametrize("rank", [0, 3])
+def test_scaled_inputs(dtype: torch.dtype, rank: int) -> None:
+    """The base's product takes scaled inputs, the low-rank part x as it is."""
+    setting = Setting(dtype, 32, [0, -1])
+    table, pool = setting.tables[0], setting.pools[0]
+    factors, a, b = torch.linspace(-1, 2, 32), setting.normal(rank, 32), setting.normal(130, rank)
+    a, b = a.to(dtype), b.to(dtype)
+    offsets = np.full((2, 5), -1, np.int64)
+    parts = (a.flatten(), kernels.pack_b(b, dtype), factors.view(dtype))
+    for column, flat in enumerate(parts):
+        offsets[0, column] = len(pool) if len(flat) else -1
+        pool = torch.cat([pool, flat, flat.new_zeros(-len(flat) % 32)])
+    table.write(0, np.array([rank, 0], np.int32), np.array([0.5, 0], np.float32), offsets)
+    weight, group = setting.weight[: SIZES[0]], SliceGroup.single(0, SIZES[0])
+    found = kernels.linear_with_edits(setting.x, weight, None, group, pool, table, setting.plan)
+    x, low_rank = setting.x.float(), 0.5 * (b.float() @ a.float() @ setting.x[0].float())
+    scaled = torch.stack([(x[0] * factors).to(dtype).float(), x[1]])
+    wanted = scaled @ weight.float().T
+    wanted[0] += low_rank
+    unit = UNIT[dtype]
+    torch.testing.assert_close(found.float(), wanted, rtol=unit, atol=16 * unit)
 
 
 def test_misfits_are_refused() -> None:

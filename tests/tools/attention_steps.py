@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from manylora.kernels import Backend
 from manylora.kernels.attention import AttentionBatch, make_batch
 from manylora.kernels.reference_attention import paged_attention, write_kv
 
@@ -66,8 +67,12 @@ def make_step(
     return Step(q, k_cache, v_cache, batch, table, keys, values)
 
 
-def packed(k_cache: torch.Tensor, v_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Caches as the CPU's kernels keep them (attention_layout.h)."""
+def kept(
+    backend: Backend, k_cache: torch.Tensor, v_cache: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Caches as the backend keeps them: the CPU's kernels in attention_layout.h's order."""
+    if backend.NAME != "cpu":
+        return k_cache.clone(), v_cache.clone()
     depth = 2 if k_cache.dtype == torch.bfloat16 else 1
     k = k_cache.unflatten(2, (-1, 16)).unflatten(4, (-1, depth)).transpose(3, 4)
     v = v_cache.unflatten(2, (-1, 16 // depth, depth)).transpose(4, 5)
