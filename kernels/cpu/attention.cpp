@@ -25,19 +25,17 @@ namespace {
 // One tile, of which some row sees the keys [lo, hi).
 template <class E>
 static void attend_tile(const Call& call, const Sizes& sizes, const Unit& unit, int64_t lo,
-                        int64_t hi, const Places& here, const Places& ahead, const Scratch& s,
+                        int64_t hi, const Places& here, Fetch* fetch, const Scratch& s,
                         const Part& part) {
   const AttentionLayer& layer = *call.layer;
   const int64_t tile = lo / kTile * kTile, head_size = layer.block_size * layer.head_dim;
   const E* const k_cache = static_cast<const E*>(call.k_cache);
   const E* const v_cache = static_cast<const E*>(call.v_cache);
-  const int64_t fetched = sizes.amx ? here.end - here.first : 0;  // groups, by the products
   for (int64_t j = 0; j < unit.heads; ++j) {
     const int64_t line = j * unit.head_lines;
     score<E>(sizes, unit.head_lines, static_cast<const Hidden<E>*>(s.q) + line * sizes.head_dim,
-             groups_of(k_cache + j * head_size, here, ahead), here.first, here.end,
-             s.scores + line * kTile);
-    prefetch(k_cache + j * head_size, ahead, fetched, layer.head_dim);
+             groups_of(k_cache + j * head_size, here), here.first, here.end,
+             s.scores + line * kTile, fetch);
   }
   const auto keys_of = [&](int64_t row) {
     const Span span = seen(layer, unit.position + row, lo, hi);
@@ -51,28 +49,26 @@ static void attend_tile(const Call& call, const Sizes& sizes, const Unit& unit, 
     const int64_t line = j * unit.head_lines;
     const Weighed<E> weighed = {reinterpret_cast<Hidden<E>*>(s.scores) + line * kWeightStride<E>,
                                 s.keep + line, part.acc + line * sizes.width, unit.head_lines,
-                                groups_of(v_cache + j * head_size, here, ahead)};
-    add_values(sizes, weighed, begin, end, keys_of, s);
-    prefetch(v_cache + j * head_size, ahead, fetched, layer.head_dim);
+                                groups_of(v_cache + j * head_size, here)};
+    add_values(sizes, weighed, begin, end, keys_of, s, fetch);
   }
+  while (fetch->heads > 0) fetch_bytes(fetch, kFetchBytes);
 }
 
-// The keys of one split, [lo, hi). next: the unit that this thread will probably come to then.
+// The keys of one split of the task, [lo, hi). next: what this thread will probably come to then.
 template <class E>
-static void attend_split(const Call& call, const Sizes& sizes, const Unit& unit, const Unit& next,
+static void attend_split(const Call& call, const Sizes& sizes, const Task& task, const Task& next,
                          int64_t lo, int64_t hi, const Scratch& s, const Part& part) {
-  const int64_t lines = unit.lines();
+  const Unit& unit = *task.unit;
+  const int64_t lines = unit.lines(), task_end = keys_of(task).hi;
   clear(part, lines, sizes.width);
   memset(s.sums, 0, static_cast<size_t>(lines * kLanes) * sizeof(float));
-  Places here, ahead;
+  Places here;
   for (int64_t key = lo, end; key < hi; key = end) {
     end = find(call, unit.sequence, unit.head, key, hi, &here);
-    if (end < unit.hi) {
-      find(call, unit.sequence, unit.head, end, unit.hi, &ahead);
-    } else {
-      find(call, next.sequence, next.head, next.lo, next.hi, &ahead);
-    }
-    attend_tile<E>(call, sizes, unit, key, end, here, ahead, s, part);
+    Fetch fetch = end < task_end ? fetch_of<E>(call, unit, {end, task_end})
+                                 : fetch_of<E>(call, *next.unit, keys_of(next));
+    attend_tile<E>(call, sizes, unit, key, end, here, &fetch, s, part);
   }
   for (int64_t i = 0; i < lines; ++i) part.sum[i] = sum(load(s.sums + i * kLanes));
 }
@@ -121,7 +117,7 @@ static void write_out(const Call& call, const Sizes& sizes, const Unit& unit, co
 }
 
 template <class T>
-static void attend(const Call& call, const Sizes& sizes, const Task& task, const Unit& next) {
+static void attend(const Call& call, const Sizes& sizes, const Task& task, const Task& next) {
   Unit& unit = *task.unit;
   const int64_t lines = unit.lines();
   const Scratch s = scratch_of(sizes);
@@ -138,7 +134,7 @@ static void attend(const Call& call, const Sizes& sizes, const Task& task, const
   for (int64_t i = task.first_split; i < task.first_split + task.splits; ++i) {
     const int64_t lo = larger(unit.lo, i * kSplit), hi = smaller(unit.hi, (i + 1) * kSplit);
     const Part part = whole ? s.part : partial(i);
-    attend_split<T>(call, sizes, unit, next, lo, hi, s, part);
+    attend_split<T>(call, sizes, task, next, lo, hi, s, part);
     if (whole) merge(part, s.total, lines, sizes.width, s.keep, s.top);
   }
 #if defined(__AMX_BF16__)
@@ -171,7 +167,7 @@ static void run(const Call& call) {
   const int64_t workers = threads();
   parallel_tasks(work.task_count, workers, [&](int64_t i) {
     const int64_t next = smaller(i + workers, work.task_count - 1);
-    attend<T>(call, sizes, work.tasks[i], *work.tasks[next].unit);
+    attend<T>(call, sizes, work.tasks[i], work.tasks[next]);
   });
   release(work);
 }

@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "attention_layout.h"
+#include "attention_fetch.h"
 #include "attention_work.h"
 #include "tile_product.h"
 #if defined(__AMX_BF16__)
@@ -11,9 +11,6 @@
 
 namespace manylora {
 namespace MANYLORA_ISA {
-
-constexpr int64_t kTile = 64;
-constexpr int64_t kGroups = kTile / kGroup;
 
 // Where the groups [first, end) of a tile lie, in elements from the start of the cache.
 struct Places {
@@ -38,41 +35,47 @@ static int64_t find(const Call& call, int64_t sequence, int64_t head, int64_t lo
   return hi;
 }
 
-// All groups but the first so many.
-template <class T>
-MANYLORA_INLINE void prefetch(const T* cache, const Places& places, int64_t but, int64_t head_dim) {
-  constexpr int64_t kLine = 64 / sizeof(T);
-  for (int64_t g = places.first + but; g < places.end; ++g) {
-    const T* const group = cache + places.at[g];
-    for (int64_t i = 0; i < kGroup * head_dim; i += kLine) __builtin_prefetch(group + i, 0, 2);
+// The keys of [keys.lo, keys.hi) that are in the first one's tile.
+template <class E>
+static Fetch fetch_of(const Call& call, const Unit& unit, Span keys) {
+  const AttentionLayer& layer = *call.layer;
+  constexpr int64_t kSize = sizeof(E);
+  Places places;
+  find(call, unit.sequence, unit.head, keys.lo, keys.hi, &places);
+  Fetch fetch = {};
+  const void* const caches[] = {call.k_cache, call.v_cache};
+  for (const void* cache : caches) {
+    for (int64_t g = places.first; g < places.end; ++g) {
+      fetch.groups[fetch.count++] = static_cast<const char*>(cache) + places.at[g] * kSize;
+    }
   }
+  fetch.heads = unit.heads;
+  fetch.head_bytes = layer.block_size * layer.head_dim * kSize;
+  fetch.group_bytes = kGroup * layer.head_dim * kSize;
+  return fetch;
 }
 
-// A tile's keys or values of one head: its groups, and for each of them one of a tile to come.
+// A tile's keys or values of one head.
 template <class E>
 struct Groups {
-  const E *at[kGroups], *ahead[kGroups];
+  const E* at[kGroups];
 };
 template <class E>
-MANYLORA_INLINE Groups<E> groups_of(const E* cache, const Places& here, const Places& ahead) {
+MANYLORA_INLINE Groups<E> groups_of(const E* cache, const Places& here) {
   Groups<E> groups;
-  for (int64_t g = here.first; g < here.end; ++g) {
-    const int64_t other = smaller(ahead.first + g - here.first, ahead.end - 1);
-    groups.at[g] = cache + here.at[g];
-    groups.ahead[g] = cache + ahead.at[other];
-  }
+  for (int64_t g = here.first; g < here.end; ++g) groups.at[g] = cache + here.at[g];
   return groups;
 }
 
 // scores [lines][kTile] of the groups [first, end) = q [lines][head_dim] times the keys.
 template <class E>
 static void score(const Sizes& sizes, int64_t lines, const Hidden<E>* q, const Groups<E>& keys,
-                  int64_t first, int64_t end, float* scores) {
+                  int64_t first, int64_t end, float* scores, Fetch* fetch) {
 #if defined(__AMX_BF16__)
   if constexpr (kDepth<E> == 2) {
     if (sizes.amx) {
-      return score_amx(lines, q, sizes.head_dim, keys.at + first, keys.ahead + first,
-                       end - first, scores + first * kGroup, kTile);
+      return score_amx(lines, q, sizes.head_dim, keys.at + first, end - first,
+                       scores + first * kGroup, kTile, fetch);
     }
   }
 #endif
@@ -81,7 +84,7 @@ static void score(const Sizes& sizes, int64_t lines, const Hidden<E>* q, const G
     return keys.at[first + n / kVecs] + n % kVecs * kStep<E>;
   };
   product<E>(lines, (end - first) * kVecs, q, sizes.head_dim, vector, kGroup * kDepth<E>,
-             sizes.head_dim, nullptr, scores + first * kGroup, kTile);
+             sizes.head_dim, nullptr, scores + first * kGroup, kTile, fetch);
 }
 
 }  // namespace MANYLORA_ISA

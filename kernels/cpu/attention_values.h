@@ -23,10 +23,11 @@ inline constexpr int64_t kWeightStride = kTile * sizeof(float) / sizeof(Hidden<E
 // acc [lines][width] = keep * acc + weights times values of `keys` keys from an even one.
 template <class E>
 static void add_keys(const Sizes& sizes, int64_t lines, const Hidden<E>* weights, const E* values,
-                     int64_t row_stride, int64_t keys, const float* keep, float* acc) {
+                     int64_t row_stride, int64_t keys, const float* keep, float* acc,
+                     Fetch* fetch) {
   const auto vector = [&](int64_t n) { return values + n * kStep<E>; };
   product<E>(lines, sizes.width / kLanes, weights, kWeightStride<E>, vector, row_stride, keys, keep,
-             acc, sizes.width);
+             acc, sizes.width, fetch);
 }
 
 // Rows of a group's values, padded to whole vectors where head_dim is not a number of them.
@@ -50,7 +51,7 @@ static void add_part(const Sizes& sizes, int64_t lines, const Hidden<E>* weights
   values = whole_vectors(sizes, values, s.padded);
   const int64_t stride = sizes.width * kDepth<E>;
   const auto add = [&](int64_t key, const E* from, int64_t keys) {
-    add_keys(sizes, lines, weights + key, from, stride, keys, keep, acc);
+    add_keys(sizes, lines, weights + key, from, stride, keys, keep, acc, nullptr);
     keep = s.ones;
   };
   const auto add_one = [&](int64_t key) {
@@ -70,13 +71,12 @@ static void add_part(const Sizes& sizes, int64_t lines, const Hidden<E>* weights
 // The groups [first, end), which all rows of the lines [line, line + lines) see whole.
 template <class E>
 static void add_groups(const Sizes& sizes, const Weighed<E>& w, int64_t line, int64_t lines,
-                       int64_t first, int64_t end, const Scratch& s) {
+                       int64_t first, int64_t end, const Scratch& s, Fetch* fetch) {
 #if defined(__AMX_BF16__)
   if constexpr (kDepth<E> == 2) {
     if (sizes.amx) {
       weigh_amx(w.lines, line, lines, w.weights + first * kGroup, kWeightStride<E>,
-                w.values.at + first, w.values.ahead + first, end - first, sizes.head_dim,
-                s.products);
+                w.values.at + first, end - first, sizes.head_dim, s.products, fetch);
       for (int64_t i = line; i < line + lines; ++i) {
         float* const acc = w.acc + i * sizes.width;
         const float* const added = s.products + i * sizes.width;
@@ -92,7 +92,7 @@ static void add_groups(const Sizes& sizes, const Weighed<E>& w, int64_t line, in
     const float* const keep = g == first ? w.keep + line : s.ones;
     add_keys(sizes, lines, w.weights + line * kWeightStride<E> + g * kGroup,
              whole_vectors(sizes, w.values.at[g], s.padded), sizes.width * kDepth<E>, kGroup, keep,
-             w.acc + line * sizes.width);
+             w.acc + line * sizes.width, fetch);
   }
 }
 
@@ -122,7 +122,7 @@ static void add_edges(const Sizes& sizes, const Weighed<E>& w, int64_t line, con
 // A head's lines of rows [begin, end). seen(row): the keys of [0, kTile) that the row sees.
 template <class E, class Seen>
 static void add_values(const Sizes& sizes, const Weighed<E>& w, int64_t begin, int64_t end,
-                       const Seen& seen, const Scratch& s) {
+                       const Seen& seen, const Scratch& s, Fetch* fetch) {
   for (int64_t row = begin, next; row < end; row = next) {
     const Span whole = whole_groups(seen(row));
     for (next = row + 1; next < end; ++next) {
@@ -130,7 +130,8 @@ static void add_values(const Sizes& sizes, const Weighed<E>& w, int64_t begin, i
       if (same.lo != whole.lo || same.hi != whole.hi) break;
     }
     if (whole.lo < whole.hi) {
-      add_groups(sizes, w, row * sizes.group, (next - row) * sizes.group, whole.lo, whole.hi, s);
+      add_groups(sizes, w, row * sizes.group, (next - row) * sizes.group, whole.lo, whole.hi, s,
+                 fetch);
     }
     for (int64_t r = row; r < next; ++r) add_edges(sizes, w, r * sizes.group, seen(r), s);
   }

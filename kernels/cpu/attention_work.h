@@ -89,6 +89,11 @@ MANYLORA_INLINE Span seen(const AttentionLayer& layer, int64_t position, int64_t
   return {larger(lo, begin), smaller(hi, position + 1)};
 }
 
+MANYLORA_INLINE Span keys_of(const Task& task) {
+  const int64_t begin = task.first_split * kSplit, end = begin + task.splits * kSplit;
+  return {larger(task.unit->lo, begin), smaller(task.unit->hi, end)};
+}
+
 struct Work {
   Unit* units;
   Task* tasks;

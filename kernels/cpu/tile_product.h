@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "simd.h"
+#include "attention_fetch.h"
 
 namespace manylora {
 namespace MANYLORA_ISA {
@@ -14,7 +14,9 @@ constexpr int kBlockVecs = kManyRegisters ? 4 : 2;
 template <class E, int M, int N>
 MANYLORA_INLINE void product_block(const Hidden<E>* a, int64_t a_stride, const E* const (&b)[N],
                                    int64_t b_stride, int64_t depth, const float* keep, float* c,
-                                   int64_t c_stride) {
+                                   int64_t c_stride, Fetch* fetch) {
+  constexpr int64_t kBytes = N * kStep<E> * static_cast<int64_t>(sizeof(E));
+  constexpr int64_t kFetchSteps = kBytes < kFetchBytes ? kFetchBytes / kBytes : 1;
   Vec acc[M][N];
   for (int m = 0; m < M; ++m) {
     for (int n = 0; n < N; ++n) {
@@ -23,6 +25,7 @@ MANYLORA_INLINE void product_block(const Hidden<E>* a, int64_t a_stride, const E
   }
   for (int64_t k = 0, at = 0; k < depth; k += kDepth<E>, at += b_stride) {
     Operand<E> right[N];
+    if (k / kDepth<E> % kFetchSteps == 0) fetch_bytes(fetch, kFetchBytes);
     for (int n = 0; n < N; ++n) right[n] = load_operand<E>(b[n] + at);
     for (int m = 0; m < M; ++m) {
       const Operand<E> left = broadcast<E>(a + m * a_stride + k);
@@ -34,44 +37,47 @@ MANYLORA_INLINE void product_block(const Hidden<E>* a, int64_t a_stride, const E
   }
 }
 
-template <class E, int N>
-static void product_lines(int64_t lines, const Hidden<E>* a, int64_t a_stride,
-                          const E* const (&b)[N], int64_t b_stride, int64_t depth, const float* keep, float* c,
-                          int64_t c_stride) {
-  for (int64_t m = 0; m < lines; m += kBlockLines) {
-    const Hidden<E>* am = a + m * a_stride;
-    const float* km = keep ? keep + m : nullptr;
-    float* cm = c + m * c_stride;
-    const int64_t left = lines - m < kBlockLines ? lines - m : kBlockLines;
-    if (left == 1) product_block<E, 1, N>(am, a_stride, b, b_stride, depth, km, cm, c_stride);
-    if (left == 2) product_block<E, 2, N>(am, a_stride, b, b_stride, depth, km, cm, c_stride);
-    if (left == 3) product_block<E, 3, N>(am, a_stride, b, b_stride, depth, km, cm, c_stride);
-    if (left == 4) product_block<E, 4, N>(am, a_stride, b, b_stride, depth, km, cm, c_stride);
-    if constexpr (kBlockLines == 6) {
-      if (left == 5) product_block<E, 5, N>(am, a_stride, b, b_stride, depth, km, cm, c_stride);
-      if (left == 6) product_block<E, 6, N>(am, a_stride, b, b_stride, depth, km, cm, c_stride);
-    }
-  }
-}
-
 template <int N>
 struct Count {
   static constexpr int value = N;
 };
 
+template <class E, int N>
+static void product_lines(int64_t lines, const Hidden<E>* a, int64_t a_stride,
+                          const E* const (&b)[N], int64_t b_stride, int64_t depth,
+                          const float* keep, float* c, int64_t c_stride, Fetch* fetch) {
+  for (int64_t m = 0; m < lines; m += kBlockLines) {
+    const auto block = [&](auto count) {
+      product_block<E, decltype(count)::value, N>(a + m * a_stride, a_stride, b, b_stride, depth,
+                                                  keep ? keep + m : nullptr, c + m * c_stride,
+                                                  c_stride, m == 0 ? fetch : nullptr);
+    };
+    const int64_t left = lines - m < kBlockLines ? lines - m : kBlockLines;
+    if (left == 1) block(Count<1>());
+    if (left == 2) block(Count<2>());
+    if (left == 3) block(Count<3>());
+    if (left == 4) block(Count<4>());
+    if constexpr (kBlockLines == 6) {
+      if (left == 5) block(Count<5>());
+      if (left == 6) block(Count<6>());
+    }
+  }
+}
+
 // c [lines][vecs * kLanes] = keep[line] * c + a b; without keep, c = a b.
 // a: [lines][depth]; vector(n): where the n-th vector of b's columns begins, [depth / kDepth] steps
 // of b_stride; strides in elements.
 // Each element of c is one accumulator's sum over ascending depth, whatever the product's size.
+// fetch: what is brought from memory meanwhile, as many bytes as b has.
 template <class E, class Vector>
 static void product(int64_t lines, int64_t vecs, const Hidden<E>* a, int64_t a_stride,
                     const Vector& vector, int64_t b_stride, int64_t depth, const float* keep,
-                    float* c, int64_t c_stride) {
+                    float* c, int64_t c_stride, Fetch* fetch) {
   const auto columns = [&](int64_t n, auto count) {
     const E* b[decltype(count)::value];
     for (int i = 0; i < decltype(count)::value; ++i) b[i] = vector(n + i);
     product_lines<E, decltype(count)::value>(lines, a, a_stride, b, b_stride, depth, keep,
-                                             c + n * kLanes, c_stride);
+                                             c + n * kLanes, c_stride, fetch);
   };
   int64_t n = 0;
   for (; n + kBlockVecs <= vecs; n += kBlockVecs) columns(n, Count<kBlockVecs>());
