@@ -9,7 +9,6 @@ namespace MANYLORA_ISA {
 namespace {
 
 constexpr int kTileRows = kManyRegisters ? 4 : 2;  // of a register tile 4 vectors wide
-constexpr int64_t kAhead = 1024;     // bytes between what is read and what is fetched meanwhile
 constexpr int64_t kMaxSegment = 64;  // MAX_SEGMENT_ROWS of kernels/plan.py
 
 // kernels/table.py: SliceGroup
@@ -54,10 +53,6 @@ struct Tensors {
   const T* pool;
 };
 
-inline void fetch_ahead(const void* at) {
-  __builtin_prefetch(static_cast<const char*>(at) + kAhead);
-}
-
 template <class T>
 const T* at(const T* pool, int64_t offset) {
   return offset < 0 ? nullptr : pool + offset;
@@ -66,6 +61,8 @@ template <class T>
 const float* vector_at(const T* pool, int64_t offset) {
   return reinterpret_cast<const float*>(at(pool, offset));
 }
+
+class Ahead;
 
 // What one segment's adapter does to one slice.
 template <class T>
@@ -79,6 +76,7 @@ struct Job {
   int64_t start, size;  // columns of y
   Hidden<T>* h;         // [row_count, padded_rank]
   int64_t shrinks_left;
+  Ahead* ahead;  // null: it is not known what is read next
 
   bool idle() const { return rank == 0 && out_scale == nullptr && bias == nullptr; }
 };

@@ -3,8 +3,8 @@
 // The plan cuts the rows into segments: at most 64 rows of one adapter. Each segment and slice is a
 // job: shrink (h = A x), then expand (y += B h). Many segments are shared out whole among the
 // threads, the jobs of few are cut in pieces. A and B of a segment's jobs lie one after the other
-// and are read in that order, with prefetches ahead of it. Several streams at once through A or B
-// made decoding beyond the cache take twice as long.
+// and are read in that order, while the next segment's are fetched. Several streams at once through
+// A or B made decoding beyond the cache take twice as long.
 //
 // A result is one accumulator's sum in a fixed order whatever the tile's shape, so a row's bits
 // depend neither on the rows beside it nor on the number of threads. With AMX, overloads for
@@ -59,23 +59,6 @@ Job<T> job_of(const Tensors<T>& t, const Group& group, const Table& table, const
   job.start = group.starts[m];
   job.size = group.sizes[m];
   return job;
-}
-
-// The first lines of what a thread will probably read next.
-template <class T>
-void prefetch(const T* from) {
-  if (from == nullptr) return;
-  for (int i = 0; i < 32; ++i) __builtin_prefetch(reinterpret_cast<const char*>(from) + i * 64);
-}
-
-// What job_of will read of the table.
-inline void prefetch(const Group& group, const Table& table, int64_t slot) {
-  for (int64_t m = 0; m < group.count; ++m) {
-    const int64_t entry = slot * table.modules + group.modules[m];
-    __builtin_prefetch(table.rank + entry);
-    __builtin_prefetch(table.scale + entry);
-    __builtin_prefetch(table.offsets + entry);
-  }
 }
 
 // Gives every job its part of one buffer, which the caller frees. Jobs' parts share no cache line.
@@ -215,7 +198,7 @@ void run_few(const Tensors<T>& t, const Group& group, const Table& table, const 
   if (workers > 1 && count < kJobsPerWorker * workers) {
     run_pieces(t, jobs, count, workers);
   } else {
-    parallel_shares(count, workers, [&](int64_t i) {
+    parallel_shares(count, workers, [&](int64_t i, int64_t) {
       shrink(t, jobs[i], 0, jobs[i].row_count, 0, jobs[i].rank);
       expand(t, jobs[i], 0, jobs[i].size);
     });
@@ -228,18 +211,16 @@ void run_few(const Tensors<T>& t, const Group& group, const Table& table, const 
 // other, and are read in that order.
 template <class T>
 void run_many(const Tensors<T>& t, const Group& group, const Table& table, const Plan& plan) {
-  const int64_t workers = threads();
-  parallel_tasks(plan.segments, workers, [&](int64_t s) {
-    const bool last = s + workers >= plan.segments;
-    if (!last) prefetch(group, table, plan.slots[s + workers]);
+  parallel_shares(plan.segments, threads(), [&](int64_t s, int64_t end) {
     for (int64_t m = 0; m < group.count; ++m) {
-      Job<T> job = job_of(t, group, table, plan, s, m);
+      Job<T> job = job_of(t, group, table, plan, s, m), next = {};
       if (job.idle()) continue;
+      if (s + 1 < end) next = job_of(t, group, table, plan, s + 1, m);
+      Ahead a(next.a, next.rank * t.in), b(next.b, next.padded_rank * next.size);
       Hidden<T>* hidden = allocate_hidden(&job, 1);
+      job.ahead = &a;
       shrink(t, job, 0, job.row_count, 0, job.rank);
-      if (m + 1 == group.count && !last) {
-        prefetch(job_of(t, group, table, plan, s + workers, 0).a);
-      }
+      job.ahead = &b;
       expand(t, job, 0, job.size);
       free(hidden);
     }

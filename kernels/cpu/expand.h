@@ -5,7 +5,7 @@
 
 #pragma once
 
-#include "edit_job.h"
+#include "ahead.h"
 
 namespace manylora {
 namespace MANYLORA_ISA {
@@ -50,7 +50,7 @@ void expand_tile(const Tensors<T>& t, const Job<T>& job, int64_t row, int64_t co
     for (int i = 0; i < R; ++i) hs[i] = broadcast<T>(h + i * job.padded_rank + j);
     for (int c = 0; c < C; ++c) {
       const Operand<T> bs = load_operand<T>(b + j * width + c * kStep<T>);
-      if (R == 1) fetch_ahead(b + j * width + c * kStep<T>);
+      if (R == 1) fetch_ahead(job, b + j * width + c * kStep<T>, kStep<T> * sizeof(T));
       for (int i = 0; i < R; ++i) acc[i][c] = dot(acc[i][c], bs, hs[i]);
     }
   }

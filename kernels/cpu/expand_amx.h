@@ -192,7 +192,7 @@ MANYLORA_INLINE void expand_row(const Tensors<bf16>& t, const Job<bf16>& job, in
     for (int64_t j = first; j < end; j += 2, b += Vecs * kTileDepth) {
       const Vec h_even = splat(to_float(job.h[j])), h_odd = splat(to_float(job.h[j + 1]));
       for (int v = 0; v < Vecs; ++v) {
-        fetch_ahead(b + v * kTileDepth);
+        fetch_ahead(job, b + v * kTileDepth, kTileBytes);
         const __m512i pairs = _mm512_loadu_si512(b + v * kTileDepth);
         even[v] = fma(h_even, even_of(pairs), even[v]);
         odd[v] = fma(h_odd, odd_of(pairs), odd[v]);

@@ -96,7 +96,7 @@ struct Shares {
       for (;;) {
         const int64_t task = __atomic_fetch_add(&share.next, 1, __ATOMIC_RELAXED);
         if (task >= share.end) break;
-        all.task(task);
+        all.task(task, share.end);
       }
     }
   }
@@ -162,8 +162,8 @@ template <template <class> class Order, class Task>
 static void run_tasks(int64_t tasks, int64_t workers, const Task& task) {
   if (workers > tasks) workers = tasks;
   if (workers <= 1) {
-    for (int64_t i = 0; i < tasks; ++i) task(i);
-    return;
+    Order<Task> alone(task, tasks, 1);
+    return Order<Task>::run(0, 0, &alone);
   }
   Order<Task> order(task, tasks, workers);
   on_threads(&Order<Task>::run, workers, &order);
@@ -175,7 +175,8 @@ static void parallel_tasks(int64_t tasks, int64_t workers, const Task& task) {
   run_tasks<Draw>(tasks, workers, task);
 }
 
-// The same for tasks that wait for no others, each thread its own share first.
+// Calls task(i, end of its share) likewise for tasks that wait for no others, each thread its own
+// share first.
 template <class Task>
 static void parallel_shares(int64_t tasks, int64_t workers, const Task& task) {
   run_tasks<Shares>(tasks, workers, task);

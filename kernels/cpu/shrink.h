@@ -5,7 +5,7 @@
 
 #pragma once
 
-#include "edit_job.h"
+#include "ahead.h"
 
 namespace manylora {
 namespace MANYLORA_ISA {
@@ -16,7 +16,7 @@ namespace {
 constexpr int64_t kLongestChain = kLanes >= 16 ? INT64_MAX : 2048;
 
 template <class T, int R, int J>
-void shrink_tile(const T* const* x, const T* a, int64_t in, Hidden<T>* h, int64_t h_stride) {
+void shrink_tile(const T* const* x, const Job<T>& job, const T* a, int64_t in, Hidden<T>* h) {
   Vec acc[R][J];
   for (auto& row : acc) {
     for (Vec& v : row) v = zero();
@@ -27,7 +27,7 @@ void shrink_tile(const T* const* x, const T* a, int64_t in, Hidden<T>* h, int64_
     for (int i = 0; i < R; ++i) xs[i] = load_operand<T>(x[i] + k);
     for (int j = 0; j < J; ++j) {
       const Operand<T> as = load_operand<T>(a + j * in + k);
-      if (J == 1) fetch_ahead(a + k);
+      if (J == 1) fetch_ahead(job, a + k, kStep<T> * sizeof(T));
       for (int i = 0; i < R; ++i) acc[i][j] = dot(acc[i][j], xs[i], as);
     }
   }
@@ -40,7 +40,7 @@ void shrink_tile(const T* const* x, const T* a, int64_t in, Hidden<T>* h, int64_
     }
   }
   for (int i = 0; i < R; ++i) {
-    for (int j = 0; j < J; ++j) from_float(sum(acc[i][j]), h + i * h_stride + j);
+    for (int j = 0; j < J; ++j) from_float(sum(acc[i][j]), h + i * job.padded_rank + j);
   }
 }
 
@@ -49,10 +49,10 @@ template <class T, int R, int J>
 void shrink_ranks(const T* const* x, const Job<T>& job, int64_t in, int64_t begin, int64_t end,
                   Hidden<T>* h) {
   for (; begin + J <= end; begin += J) {
-    shrink_tile<T, R, J>(x, job.a + begin * in, in, h + begin, job.padded_rank);
+    shrink_tile<T, R, J>(x, job, job.a + begin * in, in, h + begin);
   }
   for (; begin < end; ++begin) {
-    shrink_tile<T, R, 1>(x, job.a + begin * in, in, h + begin, job.padded_rank);
+    shrink_tile<T, R, 1>(x, job, job.a + begin * in, in, h + begin);
   }
 }
 

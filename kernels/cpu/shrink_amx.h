@@ -18,10 +18,10 @@ constexpr int64_t kPanelDepth = 512;  // k of a panel of x, which 16 KB hold
 constexpr int kMostBlocks = 4;        // of 16 ranks, that a panel meets at once
 
 // Reads memory in its own order, which the hardware's prefetchers follow: a tile's rows lie apart.
-MANYLORA_INLINE void touch(const bf16* p, int64_t count) {
+MANYLORA_INLINE void touch(const Job<bf16>& job, const bf16* p, int64_t count) {
   __m512i any = _mm512_setzero_si512();
   for (int64_t i = 0; i + kTileDepth <= count; i += kTileDepth) {
-    fetch_ahead(p + i);
+    fetch_ahead(job, p + i, kTileBytes);
     any = _mm512_or_si512(any, _mm512_loadu_si512(p + i));
   }
   asm volatile("" : : "v"(any));
@@ -126,7 +126,7 @@ void shrink_ranks(const Tensors<bf16>& t, const Job<bf16>& job, int64_t row, int
   shapes.set(6, kTileLines, one ? 4 : kTileBytes);
   shapes.use();
   const bf16* const a = job.a + rank * t.in;
-  if (row == 0) touch(a, ranks * t.in);
+  if (row == 0) touch(job, a, ranks * t.in);
   alignas(64) float sums[kMostBlocks * kTileLines][kTileLines];
   for (; row < row_end; row += kTileLines) {
     const int64_t count = least(kTileLines, row_end - row);
