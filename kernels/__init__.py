@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from manylora.kernels.attention import AttentionBatch, make_batch
 from manylora.kernels.backend import Backend, empty, select, side_by_side
-from manylora.kernels.plan import Plan, make_plan
+from manylora.kernels.plan import Plan, PlanBuffer, make_plan
 from manylora.kernels.stack import RankStack, make_stack, stack_factors
 from manylora.kernels.table import EditTable, SliceGroup
 
@@ -17,6 +17,7 @@ __all__ = [
     "Backend",
     "EditTable",
     "Plan",
+    "PlanBuffer",
     "RankStack",
     "SliceGroup",
     "empty",

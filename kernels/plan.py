@@ -91,6 +91,46 @@ def make_plan(row_slots: npt.NDArray[np.int32], device: torch.device | str = "cp
     )
 
 
+class PlanBuffer:
+    """A plan at a fixed address, filled anew for each step: what a captured CUDA graph reads.
+
+    plan: as large as it may become, each row a segment of its own, of any slot. How much there
+    really is the kernels read from its words; so `words`, `row_slot` and `rows_of` are the step's,
+    the other tensors empty, and the reference, which wants them, cannot use it.
+    """
+
+    def __init__(self, rows: int, slots: int, device: torch.device | str = "cpu") -> None:
+        self._host = np.zeros(_HEADER + 4 * rows + 1, np.int32)
+        words = torch.zeros(len(self._host), dtype=torch.int32, device=device)
+        none = words[:0]
+        self.plan = Plan(
+            rows=rows,
+            edited=rows,
+            segments=rows,
+            row_slot=words[_HEADER : _HEADER + rows],
+            order=none,
+            seg_starts=none,
+            seg_slot=none,
+            words=words,
+            slots=np.arange(slots, dtype=np.int32),
+            max_slot=slots - 1,
+            host_words=self._host,
+            address=self._host.ctypes.data,
+        )
+        self.fill(np.full(rows, -1, np.int32))
+
+    def fill(self, row_slots: npt.NDArray[np.int32]) -> None:
+        """row_slots: as in `make_plan`. Raises ValueError for other rows, or slots beyond."""
+        found = make_plan(row_slots)
+        if found.rows != self.plan.rows or found.max_slot > self.plan.max_slot:
+            raise ValueError(
+                f"row_slots: found {found.rows} rows and slots to {found.max_slot}; "
+                f"wanted {self.plan.rows} rows and slots to {self.plan.max_slot}"
+            )
+        self._host[: len(found.host_words)] = found.host_words
+        self.plan.words.copy_(torch.from_numpy(self._host))
+
+
 def _segment_starts(sorted_slots: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
     """Where a segment begins: at each new slot, and every MAX_SEGMENT_ROWS rows within a slot."""
     positions = np.arange(len(sorted_slots))

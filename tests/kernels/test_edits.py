@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kernel_cases import INTERPRETED, drawn
 
-from manylora.kernels import Backend, EditTable, SliceGroup, cpu, make_plan
+from manylora.kernels import Backend, EditTable, Plan, PlanBuffer, SliceGroup, cpu, make_plan
 
 RANKS = st.sampled_from((0, 1, 2, 3, 5, 7, 8, 16, 17, 31, 64, 129, 255, 256)) | st.integers(1, 256)
 UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -137,12 +137,14 @@ def inside_canary(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return buffer, view
 
 
-def apply(backend: Backend, case: Case, arena: Arena | None = None) -> torch.Tensor:
+def apply(
+    backend: Backend, case: Case, arena: Arena | None = None, plan: Plan | None = None
+) -> torch.Tensor:
     """The edited y, after checking that nothing around it was written."""
     arena = arena or Arena(backend, case)
     starts = tuple(int(start) for start in np.cumsum((0, *case.sizes[:-1])))
     group = SliceGroup(tuple(range(len(case.sizes))), starts, case.sizes)
-    plan = make_plan(np.array(case.row_slots, np.int32))
+    plan = plan or make_plan(np.array(case.row_slots, np.int32))
     buffer, y = inside_canary(case.y)
     _, x = inside_canary(case.x)
     backend.apply_edits_(y, x, group, arena.pool, arena.table, plan)
@@ -259,6 +261,16 @@ def test_a_row_is_the_same_in_a_batch_of_its_own_adapter(
     together = apply(backend, case)
     for row in {0, rows // 2, rows - 1}:
         assert torch.equal(bits(apply(backend, case.only([row]))), bits(together[[row]]))
+
+
+def test_a_plan_at_a_fixed_address(kernels: Backend, dtype: torch.dtype) -> None:
+    parts = [[(rank, True, False)] * 2 for rank in (5, 16, 1)]
+    buffer = PlanBuffer(rows=6, slots=3)
+    for row_slots in ([0, 1, -1, 2, 1, 0], [1] * 6, [-1] * 6, [2, -1, -1, -1, -1, 0]):
+        case = make_case(dtype, 45, (50, 33), parts, row_slots, seed=3)
+        buffer.fill(np.array(row_slots, np.int32))
+        found = apply(kernels, case, plan=buffer.plan)
+        assert torch.equal(bits(found), bits(apply(kernels, case)))
 
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from manylora.kernels import EditTable, SliceGroup, make_plan
+from manylora.kernels import EditTable, PlanBuffer, SliceGroup, make_plan
 from manylora.kernels.plan import MAX_SEGMENT_ROWS
 
 
@@ -49,6 +49,26 @@ def test_plan_lies_in_one_buffer() -> None:
 def test_plan_wants_one_dimension() -> None:
     with pytest.raises(ValueError, match="row_slots"):
         make_plan(np.zeros((2, 2), np.int32))
+
+
+def test_a_plan_buffer_keeps_its_addresses() -> None:
+    buffer = PlanBuffer(rows=4, slots=3)
+    plan = buffer.plan
+    addresses = plan.address, plan.words.data_ptr(), plan.row_slot.data_ptr()
+    for slots in ([1, -1, 0, 1], [2, 1, 0, -1], [-1] * 4, [2, 2, 2, 2]):
+        wanted = make_plan(np.array(slots, np.int32))
+        buffer.fill(np.array(slots, np.int32))
+        assert plan.words[: len(wanted.words)].tolist() == wanted.words.tolist()
+        assert plan.host_words.tolist() == plan.words.tolist()
+        assert plan.row_slot.tolist() == slots
+        assert set(wanted.slots) <= set(plan.slots)
+        assert plan.rows_of(2).tolist() == wanted.rows_of(2).tolist()
+        assert addresses == (plan.address, plan.words.data_ptr(), plan.row_slot.data_ptr())
+    assert plan.address == plan.host_words.ctypes.data
+    for wrong in ([0, 1, 2], [0, 1, 2, 3]):
+        with pytest.raises(ValueError, match="wanted 4 rows and slots to 2"):
+            buffer.fill(np.array(wrong, np.int32))
+    assert plan.row_slot.tolist() == [2, 2, 2, 2]
 
 
 @pytest.mark.parametrize(

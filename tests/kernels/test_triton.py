@@ -64,7 +64,7 @@ def test_what_only_triton_has_in_the_interpreter() -> None:
 
 
 def test_engine_in_the_interpreter() -> None:
-    interpreted("triton_engine.py")
+    interpreted("triton_engine.py", "triton_capture.py")
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,15 @@ class FlatRunner:
                 self._step(chunks)
             step += 1
 
+    def decode(self, streams: Sequence[Stream]) -> None:
+        """One more token of streams that have run."""
+        self._step([(stream, self._next(stream, 1)) for stream in streams])
+
+    def grow(self, stream: Stream, positions: int) -> None:
+        """Gives the stream the blocks that so many positions want."""
+        while len(stream.blocks) < -(-positions // self.block_size):
+            stream.blocks.append(self._free.pop())
+
     def _begin(self, stream: Stream) -> None:
         prefix = self.prefixes.get(stream.adapter or "")
         own = token_ids(prefix)
@@ -94,19 +103,15 @@ class FlatRunner:
         stream.acts_from = acts_from(self.invocations.get(stream.adapter or "", ()), stream.prompt)
         stream.tokens = own + stream.prompt
         if prefix is not None and prefix.packed.keys_values:
-            self._grow(stream, stream.before)
+            self.grow(stream, stream.before)
             write_prefix(self.model, self.block_size, prefix, stream.blocks, 0)
             stream.done = stream.before
 
     def _next(self, stream: Stream, chunk: int) -> int:
         """How many rows the stream has in the next step."""
         count = min(chunk, len(stream.tokens) - stream.done)
-        self._grow(stream, stream.done + count)
+        self.grow(stream, stream.done + count)
         return count
-
-    def _grow(self, stream: Stream, positions: int) -> None:
-        while len(stream.blocks) < -(-positions // self.block_size):
-            stream.blocks.append(self._free.pop())
 
     def _step(self, chunks: list[tuple[Stream, int]]) -> None:
         counts = np.array([count for _, count in chunks], np.int32)
