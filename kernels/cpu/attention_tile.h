@@ -80,11 +80,12 @@ static void score(const Sizes& sizes, int64_t lines, const Hidden<E>* q, const G
   }
 #endif
   constexpr int64_t kVecs = kGroup / kLanes;
-  const auto vector = [&](int64_t n) {
+  const auto vector = [&](int64_t, int64_t n) {
     return keys.at[first + n / kVecs] + n % kVecs * kStep<E>;
   };
-  product<E>(lines, (end - first) * kVecs, q, sizes.head_dim, vector, kGroup * kDepth<E>,
-             sizes.head_dim, nullptr, scores + first * kGroup, kTile, fetch);
+  const Right<decltype(vector)> right = {vector, 1, sizes.head_dim, kGroup * kDepth<E>};
+  product<E>(lines, (end - first) * kVecs, q, sizes.head_dim, right, nullptr,
+             scores + first * kGroup, kTile, fetch);
 }
 
 }  // namespace MANYLORA_ISA

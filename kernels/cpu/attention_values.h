@@ -20,14 +20,16 @@ struct Weighed {
 template <class E>
 inline constexpr int64_t kWeightStride = kTile * sizeof(float) / sizeof(Hidden<E>);
 
-// acc [lines][width] = keep * acc + weights times values of `keys` keys from an even one.
+// acc [lines][width] = keep * acc + weights times values: of `keys` keys, from an even one, in each
+// of the parts.
 template <class E>
-static void add_keys(const Sizes& sizes, int64_t lines, const Hidden<E>* weights, const E* values,
-                     int64_t row_stride, int64_t keys, const float* keep, float* acc,
-                     Fetch* fetch) {
-  const auto vector = [&](int64_t n) { return values + n * kStep<E>; };
-  product<E>(lines, sizes.width / kLanes, weights, kWeightStride<E>, vector, row_stride, keys, keep,
-             acc, sizes.width, fetch);
+static void add_keys(const Sizes& sizes, int64_t lines, const Hidden<E>* weights,
+                     const E* const* values, int64_t parts, int64_t keys, const float* keep,
+                     float* acc, Fetch* fetch) {
+  const auto vector = [&](int64_t part, int64_t n) { return values[part] + n * kStep<E>; };
+  const Right<decltype(vector)> right = {vector, parts, keys, sizes.width * kDepth<E>};
+  product<E>(lines, sizes.width / kLanes, weights, kWeightStride<E>, right, keep, acc, sizes.width,
+             fetch);
 }
 
 // Rows of a group's values, padded to whole vectors where head_dim is not a number of them.
@@ -51,7 +53,7 @@ static void add_part(const Sizes& sizes, int64_t lines, const Hidden<E>* weights
   values = whole_vectors(sizes, values, s.padded);
   const int64_t stride = sizes.width * kDepth<E>;
   const auto add = [&](int64_t key, const E* from, int64_t keys) {
-    add_keys(sizes, lines, weights + key, from, stride, keys, keep, acc, nullptr);
+    add_keys(sizes, lines, weights + key, &from, 1, keys, keep, acc, nullptr);
     keep = s.ones;
   };
   const auto add_one = [&](int64_t key) {
@@ -88,10 +90,12 @@ static void add_groups(const Sizes& sizes, const Weighed<E>& w, int64_t line, in
     }
   }
 #endif
-  for (int64_t g = first; g < end; ++g) {
+  const int64_t parts = sizes.width == sizes.head_dim ? end - first : 1;  // s.padded has one group
+  for (int64_t g = first; g < end; g += parts) {
+    const E* const padded = whole_vectors(sizes, w.values.at[g], s.padded);
     const float* const keep = g == first ? w.keep + line : s.ones;
     add_keys(sizes, lines, w.weights + line * kWeightStride<E> + g * kGroup,
-             whole_vectors(sizes, w.values.at[g], s.padded), sizes.width * kDepth<E>, kGroup, keep,
+             parts == 1 ? &padded : w.values.at + g, parts, kGroup, keep,
              w.acc + line * sizes.width, fetch);
   }
 }
