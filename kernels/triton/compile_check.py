@@ -5,7 +5,8 @@
 The public functions run as they are, on tensors without memory (device "meta"), for the shapes of
 real models; a driver that only names a target makes their launches compile. So tile plan, argument
 types and alignment are those of a real step. Prints a table; exits 1 where a kernel spills
-registers to memory or wants more shared memory than a block may have. Not in the interpreter.
+registers to memory, wants more shared memory than a block may have, or has an atomic operation,
+whose order and so whose sum would change from run to run. Not in the interpreter.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class Compiled:
     """One kernel for one target.
 
     spills: bytes of local memory a thread (CUDA: stack; HIP: private segment and vector registers
-    spilled). shared, limit: bytes a block.
+    spilled). shared, limit: bytes a block. atomics: how many it has.
     """
 
     kernel: str
@@ -76,10 +77,11 @@ class Compiled:
     spills: int
     shared: int
     limit: int
+    atomics: int
 
     @property
     def fits(self) -> bool:
-        return self.spills == 0 and self.shared <= self.limit
+        return self.spills == self.atomics == 0 and self.shared <= self.limit
 
 
 def check(models: Sequence[str], dtypes: Sequence[str], targets: Sequence[str]) -> list[Compiled]:
@@ -102,6 +104,7 @@ def check(models: Sequence[str], dtypes: Sequence[str], targets: Sequence[str]) 
                     spills,
                     kernel.metadata.shared,
                     limit,
+                    kernel.asm["ttir"].count("tt.atomic"),
                 )
     return list(found.values())
 
@@ -264,10 +267,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     rows = check(chosen.models.split(","), chosen.dtypes.split(","), chosen.targets.split(","))
     print(f"{'kernel':<18}{'model':<15}{'dtype':<7}{'target':<12}", end="")
-    print(f"{'registers':>10}{'spills':>8}{'shared':>9}{'limit':>9}")
+    print(f"{'registers':>10}{'spills':>8}{'shared':>9}{'limit':>9}{'atomics':>9}")
     for row in sorted(rows, key=lambda row: (row.kernel, row.target, row.model, row.dtype)):
         print(f"{row.kernel:<18}{row.model:<15}{row.dtype:<7}{row.target:<12}", end="")
-        print(f"{row.registers:>10}{row.spills:>8}{row.shared:>9}{row.limit:>9}", end="")
+        print(
+            f"{row.registers:>10}{row.spills:>8}{row.shared:>9}{row.limit:>9}{row.atomics:>9}",
+            end="",
+        )
         print("" if row.fits else "  does not fit")
     bad = sum(not row.fits for row in rows)
     print(f"{len(rows)} binaries, {bad} that do not fit")

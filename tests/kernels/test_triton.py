@@ -67,6 +67,13 @@ def test_engine_in_the_interpreter() -> None:
     interpreted("triton_engine.py", "triton_capture.py")
 
 
+def test_the_check_ahead_finds_what_does_not_fit(tmp_path: Path) -> None:
+    options = ["-q", "-p", "no:cacheprovider"]
+    start = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    command = ["-c", start, str(HERE / "triton_misfits.py"), *options]
+    assert " passed" in run(command, TRITON_CACHE_DIR=str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("model", "dtype", "target"),
     [
