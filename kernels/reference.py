@@ -27,6 +27,7 @@ __all__ = [
     "gelu_mul",
     "layer_norm",
     "low_rank_backward_",
+    "pack_a",
     "pack_b",
     "packed_b_numel",
     "paged_attention",
@@ -38,6 +39,11 @@ __all__ = [
 ]
 
 NAME = "reference"
+
+
+def pack_a(a: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A [r, in] as this backend wants it in the pool: flat, row-major, in `dtype`."""
+    return a.to(dtype).flatten()
 
 
 def pack_b(b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from manylora.kernels.cpu.attention import paged_attention, write_kv
 from manylora.kernels.cpu.decoder import DecoderLayer, DecoderLayers, DecoderProjection
-from manylora.kernels.cpu.edits import apply_edits_, pack_b, packed_b_numel, scale_inputs
+from manylora.kernels.cpu.edits import apply_edits_, pack_a, pack_b, packed_b_numel, scale_inputs
 from manylora.kernels.cpu.library import available, current_isa, isas, set_isa, why_unavailable
 from manylora.kernels.cpu.memory import HugeArena, huge_empty
 from manylora.kernels.cpu.product import PackedWeight, linear, packs
@@ -28,6 +28,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "low_rank_backward_",
+    "pack_a",
     "pack_b",
     "packed_b_numel",
     "packs",

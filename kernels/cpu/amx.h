@@ -9,6 +9,8 @@
 #include <immintrin.h>
 #include <stdint.h>
 
+#include "simd.h"
+
 namespace manylora {
 namespace MANYLORA_ISA {
 
@@ -101,6 +103,25 @@ __attribute__((always_inline)) static inline void multiply_short_tiles(const voi
     _tile_dpbf16ps(3, 5, 7);
   }
 }
+
+// A pair of bfloat16 in each lane, apart.
+MANYLORA_INLINE Vec even_of(__m512i pairs) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16))};
+}
+MANYLORA_INLINE Vec odd_of(__m512i pairs) {
+  return {_mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(-0x10000)))};
+}
+
+// While it lives, numbers below 2^-126 are taken for zero, as tiles take them.
+class FlushDenormals {
+ public:
+  FlushDenormals() { _mm_setcsr(mode_ | _MM_FLUSH_ZERO_ON | _MM_DENORMALS_ZERO_ON); }
+  ~FlushDenormals() { _mm_setcsr(mode_); }
+  FlushDenormals(const FlushDenormals&) = delete;
+
+ private:
+  const unsigned mode_ = _mm_getcsr();
+};
 
 }  // namespace MANYLORA_ISA
 }  // namespace manylora

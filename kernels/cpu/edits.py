@@ -5,6 +5,7 @@ from __future__ import annotations
 from ctypes import c_int32, c_int64, c_void_p
 
 import torch
+import torch.nn.functional as F
 
 from manylora.kernels.cpu import library
 from manylora.kernels.plan import Plan
@@ -12,6 +13,7 @@ from manylora.kernels.table import EditTable, SliceGroup
 
 _BLOCK = 64
 _UNIT = 16
+_RANKS = 16
 _DTYPES = library.DTYPES
 
 _apply = library.kernel(
@@ -24,6 +26,21 @@ _scale_rows = library.kernel(
     *(c_void_p, c_void_p, c_int64, c_int64, c_int32),  # out, x, stride, in, dtype
     *(c_void_p, c_int32, c_void_p, c_void_p),  # pool, module, table, plan
 )
+
+
+def pack_a(a: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A [r, in] as the kernel of the ISA in use streams it, flat: row-major, as it is.
+
+    For bfloat16 on AMX blocks of 16 ranks, the last one of what is left, [in/2][ranks][2] each, in
+    padded with a zero to whole pairs.
+    """
+    if dtype != torch.bfloat16 or library.current_isa() != "amx":
+        return a.to(dtype).flatten()
+    a = a.to(dtype).contiguous()
+    if a.shape[1] % 2:
+        a = F.pad(a, (0, 1))
+    blocks = [block.T.flatten() for block in torch.split(a.view(torch.int32), _RANKS)]
+    return (blocks[0] if len(blocks) == 1 else torch.cat(blocks)).view(dtype)
 
 
 def pack_b(b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -171,14 +171,6 @@ void expand_many(const Tensors<bf16>& t, const Job<bf16>& job, int64_t lines, in
   }
 }
 
-// A pair of bfloat16 in each lane, apart.
-MANYLORA_INLINE Vec even_of(__m512i pairs) {
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16))};
-}
-MANYLORA_INLINE Vec odd_of(__m512i pairs) {
-  return {_mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(-0x10000)))};
-}
-
 // The only row of a job, by Vecs * 16 columns of one block of B, with AMX's sums but by vectors.
 template <int Vecs, bool Plain>
 MANYLORA_INLINE void expand_row(const Tensors<bf16>& t, const Job<bf16>& job, int64_t column) {
@@ -206,19 +198,16 @@ MANYLORA_INLINE void expand_row(const Tensors<bf16>& t, const Job<bf16>& job, in
   }
 }
 
-// Storing a tile takes as long for one row as for 16, so one row takes vectors. Tiles take numbers
-// below 2^-126 for zero.
+// Storing a tile takes as long for one row as for 16, so one row takes vectors.
 template <bool Plain>
 void expand_one(const Tensors<bf16>& t, const Job<bf16>& job, int64_t column, int64_t end) {
-  const unsigned mode = _mm_getcsr();
-  _mm_setcsr(mode | _MM_FLUSH_ZERO_ON | _MM_DENORMALS_ZERO_ON);
+  const FlushDenormals like_tiles;
   for (; column + kBlock <= end; column += kBlock) expand_row<4, Plain>(t, job, column);
   const int64_t vecs = (end - column + kUnit - 1) / kUnit;
   if (vecs == 1) expand_row<1, false>(t, job, column);
   if (vecs == 2) expand_row<2, false>(t, job, column);
   if (vecs == 3) expand_row<3, false>(t, job, column);
   if (vecs == 4) expand_row<4, false>(t, job, column);
-  _mm_setcsr(mode);
 }
 
 // Columns from `column` on, in whole blocks, a span at a time, so that its B stays near.

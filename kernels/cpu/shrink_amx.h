@@ -1,9 +1,9 @@
-// h = A x for the rows of a bfloat16 job on AMX tiles, in place of shrink.h.
+// h = A x for the rows of a bfloat16 job with AMX's sums, in place of shrink.h.
 //
-// 16 ranks of A are tile a as they lie in memory. x is tile b, [32 / 2][rows][2]: one row as it lies
-// in memory; more are transposed in pairs, a panel of k at a time, for up to 64 ranks. One row takes
-// tiles too, since AMX sums in an order of its own and a row's bits may not depend on how many rows
-// its adapter has.
+// A is packed (kernels/cpu/edits.py) in blocks of 16 ranks, a block as [in / 2][ranks][2]: 32 inputs
+// of a block are tile b, the rows of x are tile a, both as they lie in memory, and up to four blocks
+// meet a tile of x. One row takes vectors, which read A strictly in the order of memory, and AMX's
+// order of sums: a row's bits may not depend on how many rows its adapter has.
 
 #pragma once
 
@@ -14,153 +14,170 @@ namespace manylora {
 namespace MANYLORA_ISA {
 namespace {
 
-constexpr int64_t kPanelDepth = 512;  // k of a panel of x, which 16 KB hold
-constexpr int kMostBlocks = 4;        // of 16 ranks, that a panel meets at once
+constexpr int64_t kPanelDepth = 512;  // inputs of 16 rows of x that are gathered at once
+constexpr int kMostBlocks = 4;        // of ranks, that a tile of x meets at once
 
-// Reads memory in its own order, which the hardware's prefetchers follow: a tile's rows lie apart.
-MANYLORA_INLINE void touch(const Job<bf16>& job, const bf16* p, int64_t count) {
-  __m512i any = _mm512_setzero_si512();
-  for (int64_t i = 0; i + kTileDepth <= count; i += kTileDepth) {
-    fetch_ahead(job, p + i, kTileBytes);
-    any = _mm512_or_si512(any, _mm512_loadu_si512(p + i));
-  }
-  asm volatile("" : : "v"(any));
+// Ranks [rank, rank + count) of one block of packed A.
+struct RankBlock {
+  const bf16* a;   // of input 0
+  int64_t stride;  // elements from one pair of inputs to the next
+  int64_t rank, count;
+};
+
+// That part of [rank, end) which lies in the block of `rank`.
+MANYLORA_INLINE RankBlock block_of(const Job<bf16>& job, int64_t in, int64_t rank, int64_t end) {
+  const int64_t first = rank / kTileLines * kTileLines, pairs = (in + 1) / 2;
+  const int64_t width = least(kTileLines, job.rank - first);
+  return {job.a + first * pairs * 2 + (rank - first) * 2, width * 2, rank,
+          least(first + width, end) - rank};
 }
 
-// `lines` rows of `depth` < 32 elements, `stride` elements apart, padded with zeros.
-MANYLORA_INLINE void pad(const bf16* from, int64_t stride, int64_t lines, int64_t depth,
-                         bf16 (*to)[kTileDepth]) {
-  const __mmask32 mask = (1u << depth) - 1u;
-  for (int64_t i = 0; i < lines; ++i) {
-    _mm512_storeu_si512(to[i], _mm512_maskz_loadu_epi16(mask, from + i * stride));
+// The sums of one row by a block.
+MANYLORA_INLINE Vec shrink_row(const Job<bf16>& job, const bf16* x, int64_t in,
+                               const RankBlock& block) {
+  const __mmask16 ranks = first(block.count);
+  const bf16* a = block.a;
+  Vec total = zero();
+  for (int64_t k = 0; k < in; k += kTileDepth) {
+    Vec even = zero(), odd = zero();
+    const int64_t end = least(k + kTileDepth, in);
+    for (int64_t i = k; i < end; i += 2, a += block.stride) {
+      fetch_ahead(job, a, block.count * 4);
+      const __m512i pairs = _mm512_maskz_loadu_epi32(ranks, a);
+      even = fma(splat(to_float(x[i])), even_of(pairs), even);
+      if (i + 1 < in) odd = fma(splat(to_float(x[i + 1])), odd_of(pairs), odd);
+    }
+    total = add(total, add(even, odd));
+  }
+  return total;
+}
+
+// `lines` rows of `depth` <= 512 inputs, with zeros up to whole tiles.
+MANYLORA_INLINE void gather(const bf16* const* x, int64_t lines, int64_t k, int64_t depth,
+                            bf16* panel) {
+  for (int64_t i = 0; i < lines; ++i, panel += kPanelDepth) {
+    for (int64_t d = 0; d < depth; d += kTileDepth) {
+      const __mmask32 mask = depth - d < kTileDepth ? (1u << (depth - d)) - 1u : ~0u;
+      _mm512_storeu_si512(panel + d, _mm512_maskz_loadu_epi16(mask, x[i] + k + d));
+    }
   }
 }
 
-// Tile b of 16 rows of x from k on, of which the rows have `depth` elements left.
-MANYLORA_INLINE void transpose_pairs(const bf16* const* x, int64_t k, int64_t depth, bf16* to) {
-  const __mmask32 mask = depth < kTileDepth ? (1u << depth) - 1u : ~0u;
-  Vec rows[kTileLines];
-  for (int i = 0; i < kTileLines; ++i) {
-    rows[i].v = _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(mask, x[i] + k));
+// Tile b of a block's last inputs, fewer than 32, with zeros up to a whole tile.
+MANYLORA_INLINE const bf16* pad(const RankBlock& block, int64_t k, int64_t in, bf16* to) {
+  for (int64_t i = 0; i < kTileLines; ++i) {
+    const bool there = k + i * 2 < in;
+    const __mmask16 ranks = there ? first(block.count) : 0;
+    const bf16* const from = block.a + (there ? k / 2 + i : 0) * block.stride;
+    _mm512_mask_storeu_epi32(to + i * block.stride, first(block.count),
+                             _mm512_maskz_loadu_epi32(ranks, from));
   }
-  transpose(rows);
-  for (int i = 0; i < kTileLines; ++i) _mm512_storeu_ps(to + i * kTileDepth, rows[i].v);
+  return to;
 }
 
-// c 0 to Blocks - 1 += 16 ranks each by tile b in 6; a in 4, and in 5 the last, maybe smaller one.
-template <int Blocks>
-MANYLORA_INLINE void multiply(const bf16* a, int64_t stride, int64_t block) {
+// c 0 to Blocks - 1 += x in 4 by the blocks, in 6 and the last, maybe narrower one, in 7.
+template <int Blocks, class Tile>
+MANYLORA_INLINE void multiply_blocks(const RankBlock* blocks, const Tile& tile) {
   if constexpr (Blocks > 1) {
-    _tile_loadd(4, a, stride);
+    _tile_loadd(6, tile(0), kTileBytes);
     _tile_dpbf16ps(0, 4, 6);
   }
   if constexpr (Blocks > 2) {
-    _tile_loadd(4, a + block, stride);
+    _tile_loadd(6, tile(1), kTileBytes);
     _tile_dpbf16ps(1, 4, 6);
   }
   if constexpr (Blocks > 3) {
-    _tile_loadd(4, a + 2 * block, stride);
+    _tile_loadd(6, tile(2), kTileBytes);
     _tile_dpbf16ps(2, 4, 6);
   }
-  _tile_loadd(5, a + (Blocks - 1) * block, stride);
-  if constexpr (Blocks == 1) _tile_dpbf16ps(0, 5, 6);
-  if constexpr (Blocks == 2) _tile_dpbf16ps(1, 5, 6);
-  if constexpr (Blocks == 3) _tile_dpbf16ps(2, 5, 6);
-  if constexpr (Blocks == 4) _tile_dpbf16ps(3, 5, 6);
+  _tile_loadd(7, tile(Blocks - 1), blocks[Blocks - 1].stride * 2);
+  if constexpr (Blocks == 1) _tile_dpbf16ps(0, 4, 7);
+  if constexpr (Blocks == 2) _tile_dpbf16ps(1, 4, 7);
+  if constexpr (Blocks == 3) _tile_dpbf16ps(2, 4, 7);
+  if constexpr (Blocks == 4) _tile_dpbf16ps(3, 4, 7);
 }
 
-// sums[rank][row] of up to 16 rows; One: of one row, its sums side by side.
-template <int Blocks, bool One>
-void shrink_tiles(const bf16* const* x, const bf16* a, int64_t ranks, int64_t in, float* sums) {
-  alignas(64) bf16 panel[kPanelDepth * kTileLines];
+// sums [Blocks][16 rows][16 ranks] of up to 16 rows x. first: those who read the blocks first.
+template <int Blocks>
+void shrink_tiles(const Job<bf16>& job, const bf16* const* x, int64_t lines, int64_t in,
+                  const RankBlock* blocks, bool first, float* sums) {
+  alignas(64) bf16 panel[kTileLines * kPanelDepth], last[kMostBlocks][kTileLines * kTileDepth];
   zero_tiles<Blocks>();
-  for (int64_t first = 0; first < in; first += kPanelDepth) {
-    const int64_t end = least(in, first + kPanelDepth);
-    for (int64_t k = first; !One && k < end; k += kTileDepth) {
-      transpose_pairs(x, k, end - k, panel + (k - first) * kTileLines);
-    }
-    for (int64_t k = first; k < end; k += kTileDepth) {
-      const bool whole = end - k >= kTileDepth;
-      alignas(64) bf16 last[kMostBlocks * kTileLines][kTileDepth], last_x[1][kTileDepth];
-      if (!One) {
-        _tile_loadd(6, panel + (k - first) * kTileLines, kTileBytes);
-      } else if (whole) {
-        _tile_loadd(6, x[0] + k, 4);
-      } else {
-        pad(x[0] + k, 0, 1, end - k, last_x);
-        _tile_loadd(6, last_x, 4);
-      }
-      if (whole) {
-        multiply<Blocks>(a + k, in * 2, kTileLines * in);
-      } else {
-        pad(a + k, in, ranks, end - k, last);
-        multiply<Blocks>(last[0], kTileBytes, kTileLines * kTileDepth);
-      }
+  for (int64_t begin = 0; begin < in; begin += kPanelDepth) {
+    const int64_t end = least(in, begin + kPanelDepth);
+    gather(x, lines, begin, end - begin, panel);
+    for (int64_t k = begin; k < end; k += kTileDepth) {
+      _tile_loadd(4, panel + (k - begin), kPanelDepth * 2);
+      multiply_blocks<Blocks>(blocks, [&](int i) {
+        if (in - k < kTileDepth) return pad(blocks[i], k, in, last[i]);
+        const bf16* const a = blocks[i].a + k / 2 * blocks[i].stride;
+        for (int64_t line = 0; first && line < kTileLines; ++line) {
+          fetch_ahead(job, a + line * blocks[i].stride, blocks[i].stride * 2);
+        }
+        return a;
+      });
     }
   }
-  constexpr int64_t kRowBytes = One ? 4 : kTileBytes, kStored = One ? kTileLines : 256;
-  store_tiles<Blocks>(sums, kStored, kRowBytes);
+  store_tiles<Blocks>(sums, kTileLines * kTileLines, kTileBytes);
 }
 
-template <bool One>
-MANYLORA_INLINE void shrink_tiles(int64_t blocks, const bf16* const* x, const bf16* a,
-                                  int64_t ranks, int64_t in, float* sums) {
-  if (blocks == 1) return shrink_tiles<1, One>(x, a, ranks, in, sums);
-  if (blocks == 2) return shrink_tiles<2, One>(x, a, ranks, in, sums);
-  if (blocks == 3) return shrink_tiles<3, One>(x, a, ranks, in, sums);
-  shrink_tiles<4, One>(x, a, ranks, in, sums);
+MANYLORA_INLINE void shrink_tiles(const Job<bf16>& job, const bf16* const* x, int64_t lines,
+                                  int64_t in, const RankBlock* blocks, int64_t count, bool first,
+                                  float* sums) {
+  if (count == 1) return shrink_tiles<1>(job, x, lines, in, blocks, first, sums);
+  if (count == 2) return shrink_tiles<2>(job, x, lines, in, blocks, first, sums);
+  if (count == 3) return shrink_tiles<3>(job, x, lines, in, blocks, first, sums);
+  shrink_tiles<4>(job, x, lines, in, blocks, first, sums);
 }
 
-// Rows [row, row_end) and up to 64 ranks from `rank` on of a job.
-void shrink_ranks(const Tensors<bf16>& t, const Job<bf16>& job, int64_t row, int64_t row_end,
-                  int64_t rank, int64_t ranks) {
-  const int64_t blocks = (ranks + kTileLines - 1) / kTileLines;
-  const int64_t last = ranks - (blocks - 1) * kTileLines;
-  const bool one = row_end - row == 1;
+// Rows [row, row_end) by up to four blocks. The last tile of rows goes back for all its lines.
+void shrink_rows(const Tensors<bf16>& t, const Job<bf16>& job, int64_t row, int64_t row_end,
+                 const RankBlock* blocks, int64_t count) {
+  const int64_t lines = least(kTileLines, row_end - row);
   TileShapes shapes;
-  for (int i = 0; i < kMostBlocks; ++i) {
-    shapes.set(i, i + 1 < blocks ? kTileLines : last, one ? 4 : kTileBytes);
+  for (int64_t i = 0; i < count; ++i) {
+    shapes.set(static_cast<int>(i), lines, blocks[i].count * 4);
   }
-  shapes.set(4, kTileLines, kTileBytes);
-  shapes.set(5, last, kTileBytes);
-  shapes.set(6, kTileLines, one ? 4 : kTileBytes);
+  shapes.set(4, lines, kTileBytes);
+  shapes.set(6, kTileLines, kTileBytes);
+  shapes.set(7, kTileLines, blocks[count - 1].count * 4);
   shapes.use();
-  const bf16* const a = job.a + rank * t.in;
-  if (row == 0) touch(job, a, ranks * t.in);
-  alignas(64) float sums[kMostBlocks * kTileLines][kTileLines];
+  alignas(64) float sums[kMostBlocks][kTileLines][kTileLines];
   for (; row < row_end; row += kTileLines) {
-    const int64_t count = least(kTileLines, row_end - row);
+    const int64_t from = least(row, row_end - lines);
     const bf16* x[kTileLines];
-    for (int64_t i = 0; i < kTileLines; ++i) {
-      x[i] = t.x + job.rows[row + least(i, count - 1)] * t.x_stride;
-    }
-    Hidden<bf16>* const h = job.h + row * job.padded_rank + rank;
-    if (one) {
-      shrink_tiles<true>(blocks, x, a, ranks, t.in, sums[0]);
-      for (int64_t j = 0; j < ranks; j += kLanes) {
-        store(h + j, load(sums[0] + j), least(kLanes, ranks - j));
-      }
-      continue;
-    }
-    shrink_tiles<false>(blocks, x, a, ranks, t.in, sums[0]);
-    for (int64_t j = 0; j < ranks; j += kLanes) {
-      Vec lines[kLanes];
-      for (int i = 0; i < kLanes; ++i) lines[i] = load(sums[j + i]);
-      transpose(lines);
-      for (int64_t i = 0; i < count; ++i) {
-        store(h + i * job.padded_rank + j, lines[i], least(kLanes, ranks - j));
+    for (int64_t i = 0; i < lines; ++i) x[i] = t.x + job.rows[from + i] * t.x_stride;
+    shrink_tiles(job, x, lines, t.in, blocks, count, row == 0, sums[0][0]);
+    for (int64_t i = row - from; i < lines; ++i) {
+      bf16* const h = job.h + (from + i) * job.padded_rank;
+      for (int64_t b = 0; b < count; ++b) {
+        store(h + blocks[b].rank, load(sums[b][i]), blocks[b].count);
       }
     }
   }
+  _tile_release();
 }
 
 void shrink(const Tensors<bf16>& t, const Job<bf16>& job, int64_t row, int64_t row_end,
             int64_t begin, int64_t end) {
-  constexpr int64_t kStepRanks = kMostBlocks * kTileLines;
-  for (; begin < end; begin += kStepRanks) {
-    shrink_ranks(t, job, row, row_end, begin, least(kStepRanks, end - begin));
+  if (row_end - row == 1) {
+    const FlushDenormals like_tiles;
+    const bf16* const x = t.x + job.rows[row] * t.x_stride;
+    for (int64_t rank = begin; rank < end;) {
+      const RankBlock block = block_of(job, t.in, rank, end);
+      store(job.h + row * job.padded_rank + rank, shrink_row(job, x, t.in, block), block.count);
+      rank += block.count;
+    }
+    return;
   }
-  _tile_release();
+  while (begin < end) {
+    RankBlock blocks[kMostBlocks];
+    int64_t count = 0;
+    for (; count < kMostBlocks && begin < end; begin += blocks[count++].count) {
+      blocks[count] = block_of(job, t.in, begin, end);
+    }
+    shrink_rows(t, job, row, row_end, blocks, count);
+  }
 }
 
 }  // namespace

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from manylora.kernels.triton.activation import gelu_mul, silu_mul
 from manylora.kernels.triton.attention import paged_attention
-from manylora.kernels.triton.edits import apply_edits_, pack_b, packed_b_numel
+from manylora.kernels.triton.edits import apply_edits_, pack_a, pack_b, packed_b_numel
 from manylora.kernels.triton.norm import layer_norm, rms_norm
 from manylora.kernels.triton.product import linear_with_edits
 from manylora.kernels.triton.scale_inputs import scale_inputs
@@ -24,6 +24,7 @@ __all__ = [
     "layer_norm",
     "linear_with_edits",
     "low_rank_backward_",
+    "pack_a",
     "pack_b",
     "packed_b_numel",
     "paged_attention",

@@ -25,6 +25,11 @@ from manylora.kernels.triton.slices import TILE_WORDS, is_aligned, tile_words
 UNIT = 16
 
 
+def pack_a(a: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A [r, in] as the kernels read it, flat: row-major."""
+    return a.to(dtype).flatten()
+
+
 def pack_b(b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """B [out, r] as the kernels read it, flat: [r, out], out padded with zeros to 16."""
     out, rank = b.shape

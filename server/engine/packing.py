@@ -17,8 +17,10 @@ from manylora.adapters_store.head import Head, HeadLayer
 ALIGNMENT = 64  # bytes
 
 
-class BPacker(Protocol):
-    """The part of a kernel backend that says how B lies in the pool."""
+class Packer(Protocol):
+    """The part of a kernel backend that says how A and B lie in the pool."""
+
+    def pack_a(self, a: torch.Tensor, dtype: torch.dtype) -> torch.Tensor: ...
 
     def pack_b(self, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor: ...
 
@@ -104,7 +106,7 @@ class PackedAdapter:
 
 
 def pack(
-    lowered: LoweredAdapter, modules: Mapping[str, int], packer: BPacker, dtype: torch.dtype
+    lowered: LoweredAdapter, modules: Mapping[str, int], packer: Packer, dtype: torch.dtype
 ) -> PackedAdapter:
     """Packs every tensor at its true rank. modules: id of each module name."""
     buffer = BufferBuilder(dtype)
@@ -184,10 +186,10 @@ class BufferBuilder:
 
 
 def _pool_tensors(
-    edit: ModuleEdit, packer: BPacker, dtype: torch.dtype
+    edit: ModuleEdit, packer: Packer, dtype: torch.dtype
 ) -> list[torch.Tensor | None]:
     """A, B, in_scale, out_scale, bias as they lie in the pool: flat, vectors as float32 bytes."""
-    a = None if edit.a is None else edit.a.to(dtype).reshape(-1)
+    a = None if edit.a is None else packer.pack_a(edit.a, dtype)
     b = None if edit.b is None else packer.pack_b(edit.b, dtype)
     vectors = [
         None if v is None else v.to(torch.float32).contiguous().reshape(-1).view(dtype)

@@ -108,7 +108,10 @@ class Arena:
                     packed = backend.pack_b(edit.b, case.dtype)
                     size, ranks = edit.b.shape
                     assert packed.shape == (backend.packed_b_numel(size, ranks, case.dtype),)
-                    offsets[module, :2] = self._put(edit.a.flatten()), self._put(packed)
+                    offsets[module, :2] = (
+                        self._put(backend.pack_a(edit.a, case.dtype)),
+                        self._put(packed),
+                    )
                 vectors = (edit.in_scale, edit.out_scale, edit.bias)
                 for column, vector in enumerate(vectors, start=2):
                     if vector is not None:

@@ -67,7 +67,9 @@ class Setting:
             if rank:
                 a = (self.normal(rank, in_size) / in_size**0.5).to(self.dtype)
                 b = (self.normal(size, rank) / rank**0.5).to(self.dtype)
-                offsets[:, module, 0] = self._put(a.flatten(), a.flatten().float())
+                offsets[:, module, 0] = self._put(
+                    kernels.pack_a(a, self.dtype), a.flatten().float()
+                )
                 offsets[:, module, 1] = self._put(
                     kernels.pack_b(b, self.dtype), b.flatten().float()
                 )
@@ -136,7 +138,7 @@ def test_scaled_inputs(dtype: torch.dtype, rank: int) -> None:
     factors, a, b = torch.linspace(-1, 2, 32), setting.normal(rank, 32), setting.normal(130, rank)
     a, b = a.to(dtype), b.to(dtype)
     offsets = np.full((2, 5), -1, np.int64)
-    parts = (a.flatten(), kernels.pack_b(b, dtype), factors.view(dtype))
+    parts = (kernels.pack_a(a, dtype), kernels.pack_b(b, dtype), factors.view(dtype))
     for column, flat in enumerate(parts):
         offsets[0, column] = len(pool) if len(flat) else -1
         pool = torch.cat([pool, flat, flat.new_zeros(-len(flat) % 32)])

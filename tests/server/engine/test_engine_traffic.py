@@ -91,7 +91,7 @@ async def test_200_requests_over_20_adapters_with_memory_for_4(
         assert tokens == logits[len(prompt) - 1 : -1].argmax(dim=-1).tolist()
         right += 1
     assert right > 100
-    assert len(preempted) > 20
+    assert len(preempted) > 10
     states = [event.state for event in house.seen.residencies]
     assert states.count(ResidencyState.EVICTED) > 16
     assert max(step.rows for step in house.seen.steps) <= 48
