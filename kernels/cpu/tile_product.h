@@ -19,8 +19,8 @@ struct Right {
   int64_t parts, depth, stride;
 };
 
-// ahead: a Fetch*, or nullptr as such: with a test for it in each step prefill took 1.1 times as long
-// on AVX2.
+// ahead: a Fetch*, or nullptr as such: with a test for it in each step prefill took 1.1 times as
+// long on AVX2.
 template <class E, int M, int N, class Vector, class Ahead>
 MANYLORA_INLINE void product_block(const Hidden<E>* a, int64_t a_stride, const Right<Vector>& b,
                                    int64_t column, const float* keep, float* c, int64_t c_stride,
