@@ -9,7 +9,7 @@ namespace manylora {
 namespace MANYLORA_ISA {
 namespace {
 
-// A's or B's counterpart in the next segment, a line for each line that is read of it.
+// A's or B's counterpart in the next segment, a line for each line that one row reads of it.
 class Ahead {
  public:
   // Nothing where the next segment's adapter leaves the module alone.

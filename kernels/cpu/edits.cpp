@@ -31,6 +31,7 @@ constexpr int64_t kSerialCost = 100000;
 constexpr int64_t kSegmentsPerWorker = 4, kJobsPerWorker = 4;
 // Sizes of a piece. Ranks keep shrink's widest tile, columns are whole blocks.
 constexpr int64_t kPieceRows = 16, kPieceRanks = 8;
+static_assert(16 % kPieceRanks == 0, "a piece is of one block of packed A");
 constexpr int64_t kPieceColumns = 256, kPieceColumnsOneRow = 1024;
 
 template <class E>

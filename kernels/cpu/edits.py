@@ -36,9 +36,11 @@ def pack_a(a: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """
     if dtype != torch.bfloat16 or library.current_isa() != "amx":
         return a.to(dtype).flatten()
-    a = a.to(dtype).contiguous()
+    a = a.to(dtype)
     if a.shape[1] % 2:
         a = F.pad(a, (0, 1))
+    elif a.storage_offset() % 2 or not a.is_contiguous():
+        a = a.clone(memory_format=torch.contiguous_format)
     blocks = [block.T.flatten() for block in torch.split(a.view(torch.int32), _RANKS)]
     return (blocks[0] if len(blocks) == 1 else torch.cat(blocks)).view(dtype)
 

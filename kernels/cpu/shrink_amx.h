@@ -1,9 +1,9 @@
 // h = A x for the rows of a bfloat16 job with AMX's sums, in place of shrink.h.
 //
 // A is packed (kernels/cpu/edits.py) in blocks of 16 ranks, a block as [in / 2][ranks][2]: 32 inputs
-// of a block are tile b, the rows of x are tile a, both as they lie in memory, and up to four blocks
-// meet a tile of x. One row takes vectors, which read A strictly in the order of memory, and AMX's
-// order of sums: a row's bits may not depend on how many rows its adapter has.
+// of a block are tile b, as they lie in memory, 16 rows of x tile a, and up to four blocks meet a
+// tile of x. One row takes vectors, which read A in the order of memory, and AMX's order of sums: a
+// row's bits may not depend on how many rows its adapter has.
 
 #pragma once
 
@@ -14,8 +14,7 @@ namespace manylora {
 namespace MANYLORA_ISA {
 namespace {
 
-constexpr int64_t kPanelDepth = 512;  // inputs of 16 rows of x that are gathered at once
-constexpr int kMostBlocks = 4;        // of ranks, that a tile of x meets at once
+constexpr int kMostBlocks = 4;  // of ranks, that a tile of x meets at once
 
 // Ranks [rank, rank + count) of one block of packed A.
 struct RankBlock {
@@ -52,15 +51,34 @@ MANYLORA_INLINE Vec shrink_row(const Job<bf16>& job, const bf16* x, int64_t in,
   return total;
 }
 
-// `lines` rows of `depth` <= 512 inputs, with zeros up to whole tiles.
-MANYLORA_INLINE void gather(const bf16* const* x, int64_t lines, int64_t k, int64_t depth,
-                            bf16* panel) {
-  for (int64_t i = 0; i < lines; ++i, panel += kPanelDepth) {
-    for (int64_t d = 0; d < depth; d += kTileDepth) {
-      const __mmask32 mask = depth - d < kTileDepth ? (1u << (depth - d)) - 1u : ~0u;
-      _mm512_storeu_si512(panel + d, _mm512_maskz_loadu_epi16(mask, x[i] + k + d));
-    }
+// Up to 16 rows of x, `stride` elements apart; 0: each where it is.
+struct RowTile {
+  const bf16* x[kTileLines];
+  int64_t lines, stride;
+};
+
+MANYLORA_INLINE RowTile tile_of(const Tensors<bf16>& t, const int32_t* rows, int64_t lines) {
+  RowTile tile = {{}, lines, t.x_stride};
+  for (int64_t i = 0; i < lines; ++i) {
+    tile.x[i] = t.x + rows[i] * t.x_stride;
+    if (rows[i] != rows[0] + i) tile.stride = 0;
   }
+  return tile;
+}
+
+// Tile a of the rows' inputs from k on; through `buffer`, with zeros beyond `in`, where need be.
+MANYLORA_INLINE void load_rows(const RowTile& rows, int64_t k, int64_t in, bf16* buffer) {
+  const int64_t left = in - k;
+  if (rows.stride != 0 && left >= kTileDepth) {
+    _tile_loadd(4, rows.x[0] + k, rows.stride * 2);
+    return;
+  }
+  const __mmask32 mask = left < kTileDepth ? (1u << left) - 1u : ~0u;
+  for (int64_t i = 0; i < rows.lines; ++i) {
+    const __m512i line = _mm512_maskz_loadu_epi16(mask, rows.x[i] + k);
+    _mm512_storeu_si512(buffer + i * kTileDepth, line);
+  }
+  _tile_loadd(4, buffer, kTileBytes);
 }
 
 // Tile b of a block's last inputs, fewer than 32, with zeros up to a whole tile.
@@ -97,37 +115,34 @@ MANYLORA_INLINE void multiply_blocks(const RankBlock* blocks, const Tile& tile) 
   if constexpr (Blocks == 4) _tile_dpbf16ps(3, 4, 7);
 }
 
-// sums [Blocks][16 rows][16 ranks] of up to 16 rows x. first: those who read the blocks first.
+// sums [Blocks][16 rows][16 ranks]. first: these rows are the first to read the blocks.
 template <int Blocks>
-void shrink_tiles(const Job<bf16>& job, const bf16* const* x, int64_t lines, int64_t in,
-                  const RankBlock* blocks, bool first, float* sums) {
-  alignas(64) bf16 panel[kTileLines * kPanelDepth], last[kMostBlocks][kTileLines * kTileDepth];
+void shrink_tiles(const Job<bf16>& job, const RowTile& rows, int64_t in, const RankBlock* blocks,
+                  bool first, float* sums) {
+  constexpr int64_t kTile = kTileLines * kTileDepth;
+  alignas(64) bf16 gathered[2][kTile], last[kMostBlocks][kTile];
   zero_tiles<Blocks>();
-  for (int64_t begin = 0; begin < in; begin += kPanelDepth) {
-    const int64_t end = least(in, begin + kPanelDepth);
-    gather(x, lines, begin, end - begin, panel);
-    for (int64_t k = begin; k < end; k += kTileDepth) {
-      _tile_loadd(4, panel + (k - begin), kPanelDepth * 2);
-      multiply_blocks<Blocks>(blocks, [&](int i) {
-        if (in - k < kTileDepth) return pad(blocks[i], k, in, last[i]);
-        const bf16* const a = blocks[i].a + k / 2 * blocks[i].stride;
-        for (int64_t line = 0; first && line < kTileLines; ++line) {
-          fetch_ahead(job, a + line * blocks[i].stride, blocks[i].stride * 2);
-        }
-        return a;
-      });
-    }
+  for (int64_t k = 0; k < in; k += kTileDepth) {
+    load_rows(rows, k, in, gathered[k / kTileDepth % 2]);
+    multiply_blocks<Blocks>(blocks, [&](int i) {
+      if (in - k < kTileDepth) return pad(blocks[i], k, in, last[i]);
+      const bf16* const a = blocks[i].a + k / 2 * blocks[i].stride;
+      for (int64_t line = 0; first && line < kTileLines; ++line) {
+        fetch_ahead(job, a + line * blocks[i].stride, blocks[i].stride * 2);
+      }
+      return a;
+    });
   }
   store_tiles<Blocks>(sums, kTileLines * kTileLines, kTileBytes);
 }
 
-MANYLORA_INLINE void shrink_tiles(const Job<bf16>& job, const bf16* const* x, int64_t lines,
-                                  int64_t in, const RankBlock* blocks, int64_t count, bool first,
+MANYLORA_INLINE void shrink_tiles(const Job<bf16>& job, const RowTile& rows, int64_t in,
+                                  const RankBlock* blocks, int64_t count, bool first,
                                   float* sums) {
-  if (count == 1) return shrink_tiles<1>(job, x, lines, in, blocks, first, sums);
-  if (count == 2) return shrink_tiles<2>(job, x, lines, in, blocks, first, sums);
-  if (count == 3) return shrink_tiles<3>(job, x, lines, in, blocks, first, sums);
-  shrink_tiles<4>(job, x, lines, in, blocks, first, sums);
+  if (count == 1) return shrink_tiles<1>(job, rows, in, blocks, first, sums);
+  if (count == 2) return shrink_tiles<2>(job, rows, in, blocks, first, sums);
+  if (count == 3) return shrink_tiles<3>(job, rows, in, blocks, first, sums);
+  shrink_tiles<4>(job, rows, in, blocks, first, sums);
 }
 
 // Rows [row, row_end) by up to four blocks. The last tile of rows goes back for all its lines.
@@ -145,9 +160,8 @@ void shrink_rows(const Tensors<bf16>& t, const Job<bf16>& job, int64_t row, int6
   alignas(64) float sums[kMostBlocks][kTileLines][kTileLines];
   for (; row < row_end; row += kTileLines) {
     const int64_t from = least(row, row_end - lines);
-    const bf16* x[kTileLines];
-    for (int64_t i = 0; i < lines; ++i) x[i] = t.x + job.rows[from + i] * t.x_stride;
-    shrink_tiles(job, x, lines, t.in, blocks, count, row == 0, sums[0][0]);
+    const RowTile rows = tile_of(t, job.rows + from, lines);
+    shrink_tiles(job, rows, t.in, blocks, count, row == 0, sums[0][0]);
     for (int64_t i = row - from; i < lines; ++i) {
       bf16* const h = job.h + (from + i) * job.padded_rank;
       for (int64_t b = 0; b < count; ++b) {
@@ -171,6 +185,7 @@ void shrink(const Tensors<bf16>& t, const Job<bf16>& job, int64_t row, int64_t r
     return;
   }
   while (begin < end) {
+    // All but the last are whole: pieces of a job are of 8 ranks, and so of one block.
     RankBlock blocks[kMostBlocks];
     int64_t count = 0;
     for (; count < kMostBlocks && begin < end; begin += blocks[count++].count) {

@@ -50,6 +50,8 @@ def _run(
         or weight.shape != (n,)
         or not (bias is None or bias.shape == (n,))
         or h.dtype != x.dtype
+        or not weight.is_contiguous()
+        or not (bias is None or bias.is_contiguous())
     ):
         raise ValueError(
             f"norm: wanted x, residual [rows, n] of one dtype and weight, bias [n], contiguous; "

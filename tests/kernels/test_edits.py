@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -260,7 +261,7 @@ def test_a_row_is_the_same_in_any_batch(
 def test_a_row_is_the_same_in_a_batch_of_its_own_adapter(
     backend: Backend, dtype: torch.dtype, rows: int, rank: int
 ) -> None:
-    case = make_case(dtype, 150, (200,), [[(rank, False, rank > 16)]], [0] * rows, seed=2)
+    case = make_case(dtype, 545, (200,), [[(rank, False, rank > 16)]], [0] * rows, seed=2)
     together = apply(backend, case)
     for row in {0, rows // 2, rows - 1}:
         assert torch.equal(bits(apply(backend, case.only([row]))), bits(together[[row]]))
@@ -380,3 +381,11 @@ def test_what_does_not_fit_is_refused(change: dict[str, object]) -> None:
     cpu.apply_edits_(**arguments)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="wanted x"):
         cpu.apply_edits_(**(arguments | change))  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(not cpu.available(), reason=cpu.why_unavailable())
+@pytest.mark.parametrize("view", [lambda a: a.view(-1)[1:].view(3, 5), lambda a: a.view(2, 8).T])
+def test_a_is_packed_from_any_view(view: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    a = view(torch.arange(16, dtype=torch.bfloat16))
+    expected = cpu.pack_a(a.clone(memory_format=torch.contiguous_format), torch.bfloat16)
+    assert torch.equal(cpu.pack_a(a, torch.bfloat16), expected)

@@ -168,7 +168,7 @@ class Inputs:
                 if rank:
                     b = torch.randn(size, rank, generator=self._random).to(self.dtype)
                     a = torch.randn(rank, in_size, generator=self._random).to(self.dtype)
-                    tensors = {0: a.flatten(), 1: cpu.pack_b(b, self.dtype)}
+                    tensors = {0: cpu.pack_a(a, self.dtype), 1: cpu.pack_b(b, self.dtype)}
                 if slot == 1:
                     vector = torch.randn(size, generator=self._random).view(self.dtype)
                     tensors |= {3: vector, 4: vector}

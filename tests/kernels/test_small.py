@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kernel_cases import INTERPRETED, drawn
 
-from manylora.kernels import Backend, reference
+from manylora.kernels import Backend, cpu, reference
 
 SIZES = (1, 31, 576) if INTERPRETED else (1, 3, 16, 31, 64, 100, 576, 1537)
 # A unit in the last place of a result that is rounded once; float32: sums in another order.
@@ -244,10 +244,11 @@ def test_no_rows(backend: Backend) -> None:
 
 def test_misfits_are_refused(kernels: Backend) -> None:
     x, weight = normal(0, 4, 8), torch.ones(8)
-    with pytest.raises(ValueError, match="norm: wanted"):
-        kernels.rms_norm(x, torch.ones(7), 1e-5)
-    with pytest.raises(ValueError, match="norm: wanted"):
-        kernels.layer_norm(x, weight, torch.ones(7), 1e-5)
+    for wrong in (torch.ones(7), torch.ones(16)[::2]):
+        with pytest.raises(ValueError, match="norm: wanted"):
+            kernels.rms_norm(x, wrong, 1e-5)
+        with pytest.raises(ValueError, match="norm: wanted"):
+            kernels.layer_norm(x, weight, wrong, 1e-5)
     for residual in (normal(0, 8, 4).T, normal(0, 3, 8)):
         with pytest.raises(ValueError, match="wanted"):
             kernels.rms_norm(x, weight, 1e-5, residual=residual)
@@ -261,3 +262,16 @@ def test_misfits_are_refused(kernels: Backend) -> None:
     for angle in (torch.ones(1, 9), torch.ones(2, 8), torch.ones(1, 16)[:, ::2]):
         with pytest.raises(ValueError, match="wanted"):
             kernels.rotary_write_kv(qkv, angle, angle, *caches, step.batch)
+
+
+@pytest.mark.skipif(not cpu.available(), reason=cpu.why_unavailable())
+def test_other_dtypes_are_refused() -> None:
+    x, step = normal(0, 4, 8), make_step([1], [4])
+    with pytest.raises(ValueError, match="norm: wanted"):
+        cpu.rms_norm(x, torch.ones(8).half(), 1e-5)
+    with pytest.raises(ValueError, match="norm: wanted"):
+        cpu.layer_norm(x, torch.ones(8), torch.ones(8).half(), 1e-5)
+    qkv, angle = normal(0, 1, 8 * 16), torch.ones(1, 8)
+    for packed, angles in ((qkv[:, :-1], angle), (qkv, angle.half())):
+        with pytest.raises(ValueError, match="rotary_write_kv: wanted"):
+            cpu.rotary_write_kv(packed, angles, angles, step.k_cache, step.v_cache, step.batch)
