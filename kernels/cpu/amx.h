@@ -34,73 +34,45 @@ struct alignas(64) TileShapes {
   __attribute__((always_inline)) void use() const { _tile_loadconfig(this); }
 };
 
-// C is tiles 0 to N - 1; the intrinsics want their tiles' numbers as literals.
+// The compiler's intrinsics are macros that want their tiles' numbers as literals, and do not say
+// that a load reads memory which has just been written.
+template <int Tile>
+__attribute__((always_inline)) static inline void load_tile(const void* from, int64_t row_bytes) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(row_bytes), "i"(Tile) : "memory");
+}
+template <int C, int A, int B>
+__attribute__((always_inline)) static inline void multiply_tile() {
+  asm volatile("tdpbf16ps %%tmm%c0, %%tmm%c1, %%tmm%c2" : : "i"(B), "i"(A), "i"(C));
+}
+
+// C is tiles 0 to N - 1.
 template <int N>
 __attribute__((always_inline)) static inline void zero_tiles() {
-  _tile_zero(0);
-  if constexpr (N > 1) _tile_zero(1);
-  if constexpr (N > 2) _tile_zero(2);
-  if constexpr (N > 3) _tile_zero(3);
-  if constexpr (N > 4) _tile_zero(4);
-  if constexpr (N > 5) _tile_zero(5);
+  if constexpr (N > 0) {
+    zero_tiles<N - 1>();
+    asm volatile("tilezero %%tmm%c0" : : "i"(N - 1));
+  }
 }
 
 // Tile n begins n * step floats from `to`; rows are row_bytes apart.
 template <int N>
 __attribute__((always_inline)) static inline void store_tiles(float* to, int64_t step,
                                                               int64_t row_bytes) {
-  _tile_stored(0, to, row_bytes);
-  if constexpr (N > 1) _tile_stored(1, to + step, row_bytes);
-  if constexpr (N > 2) _tile_stored(2, to + 2 * step, row_bytes);
-  if constexpr (N > 3) _tile_stored(3, to + 3 * step, row_bytes);
-  if constexpr (N > 4) _tile_stored(4, to + 4 * step, row_bytes);
-  if constexpr (N > 5) _tile_stored(5, to + 5 * step, row_bytes);
-}
-
-// C += A, in 4, times columns(n), through 6.
-template <int N, class Columns>
-__attribute__((always_inline)) static inline void multiply_tiles(const void* a, int64_t a_bytes,
-                                                                 const Columns& columns,
-                                                                 int64_t b_bytes) {
-  static_assert(N <= 4);
-  _tile_loadd(4, a, a_bytes);
-  _tile_loadd(6, columns(0), b_bytes);
-  _tile_dpbf16ps(0, 4, 6);
-  if constexpr (N > 1) {
-    _tile_loadd(6, columns(1), b_bytes);
-    _tile_dpbf16ps(1, 4, 6);
-  }
-  if constexpr (N > 2) {
-    _tile_loadd(6, columns(2), b_bytes);
-    _tile_dpbf16ps(2, 4, 6);
-  }
-  if constexpr (N > 3) {
-    _tile_loadd(6, columns(3), b_bytes);
-    _tile_dpbf16ps(3, 4, 6);
+  if constexpr (N > 0) {
+    store_tiles<N - 1>(to, step, row_bytes);
+    asm volatile("tilestored %%tmm%c2, (%0,%1,1)"
+                 : : "r"(to + (N - 1) * step), "r"(row_bytes), "i"(N - 1) : "memory");
   }
 }
 
-// The same through 5 and 7, which have the shapes of less depth.
-template <int N, class Columns>
-__attribute__((always_inline)) static inline void multiply_short_tiles(const void* a,
-                                                                       int64_t a_bytes,
-                                                                       const Columns& columns,
-                                                                       int64_t b_bytes) {
-  static_assert(N <= 4);
-  _tile_loadd(5, a, a_bytes);
-  _tile_loadd(7, columns(0), b_bytes);
-  _tile_dpbf16ps(0, 5, 7);
-  if constexpr (N > 1) {
-    _tile_loadd(7, columns(1), b_bytes);
-    _tile_dpbf16ps(1, 5, 7);
-  }
-  if constexpr (N > 2) {
-    _tile_loadd(7, columns(2), b_bytes);
-    _tile_dpbf16ps(2, 5, 7);
-  }
-  if constexpr (N > 3) {
-    _tile_loadd(7, columns(3), b_bytes);
-    _tile_dpbf16ps(3, 5, 7);
+// C += tile A, which is loaded, times columns(n), each through tile B.
+template <int N, int A, int B, class Columns>
+__attribute__((always_inline)) static inline void multiply_tiles(const Columns& columns,
+                                                                 int64_t row_bytes) {
+  if constexpr (N > 0) {
+    multiply_tiles<N - 1, A, B>(columns, row_bytes);
+    load_tile<B>(columns(N - 1), row_bytes);
+    multiply_tile<N - 1, A, B>();
   }
 }
 

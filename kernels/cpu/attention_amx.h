@@ -34,7 +34,8 @@ static void score_tiles(const bf16* q, int64_t head_dim, const bf16* const* keys
       fetch_bytes(fetch, kTileLines * kTileBytes);
       return keys[n] + at;
     };
-    multiply_tiles<N>(q + d, head_dim * 2, columns, kTileBytes);
+    load_tile<4>(q + d, head_dim * 2);
+    multiply_tiles<N, 4, 6>(columns, kTileBytes);
   }
   if (d < head_dim) {
     const int64_t at = d * kGroup;
@@ -42,7 +43,8 @@ static void score_tiles(const bf16* q, int64_t head_dim, const bf16* const* keys
       fetch_bytes(fetch, kTileLines / 2 * kTileBytes);
       return keys[n] + at;
     };
-    multiply_short_tiles<N>(q + d, head_dim * 2, columns, kTileBytes);
+    load_tile<5>(q + d, head_dim * 2);
+    multiply_tiles<N, 5, 7>(columns, kTileBytes);
   }
   store_tiles<N>(scores, kGroup, stride * 4);
 }
@@ -76,7 +78,8 @@ static void weigh_tiles(const bf16* weights, int64_t weight_stride, const bf16* 
       fetch_bytes(fetch, kTileLines / 2 * kTileBytes);
       return b + n * kTileDepth;
     };
-    multiply_short_tiles<N>(weights + g * kGroup, weight_stride * 2, columns, row_bytes);
+    load_tile<5>(weights + g * kGroup, weight_stride * 2);
+    multiply_tiles<N, 5, 7>(columns, row_bytes);
   }
   store_tiles<N>(sums + column, kTileLines, head_dim * 4);
 }

@@ -66,28 +66,8 @@ template <int Vecs>
 MANYLORA_INLINE void multiply_few(const Job<bf16>& job, Sums& sums) {
   constexpr int64_t kStride = kBlock * 4;
   zero_tiles<Vecs>();
-  _tile_loadd(7, columns_of(job, sums.column), kStride);
-  _tile_dpbf16ps(0, 6, 7);
-  if constexpr (Vecs > 1) {
-    _tile_loadd(7, columns_of(job, sums.column + 16), kStride);
-    _tile_dpbf16ps(1, 6, 7);
-  }
-  if constexpr (Vecs > 2) {
-    _tile_loadd(7, columns_of(job, sums.column + 32), kStride);
-    _tile_dpbf16ps(2, 6, 7);
-  }
-  if constexpr (Vecs > 3) {
-    _tile_loadd(7, columns_of(job, sums.column + 48), kStride);
-    _tile_dpbf16ps(3, 6, 7);
-  }
-  if constexpr (Vecs > 4) {
-    _tile_loadd(7, columns_of(job, sums.column + 64), kStride);
-    _tile_dpbf16ps(4, 6, 7);
-  }
-  if constexpr (Vecs > 5) {
-    _tile_loadd(7, columns_of(job, sums.column + 80), kStride);
-    _tile_dpbf16ps(5, 6, 7);
-  }
+  const auto columns = [&](int n) { return columns_of(job, sums.column + n * kLanes); };
+  multiply_tiles<Vecs, 6, 7>(columns, kStride);
   store_sums<Vecs>(sums);
 }
 
@@ -102,9 +82,13 @@ MANYLORA_INLINE void multiply_many(const Job<bf16>& job, Sums& sums) {
   int64_t j = 0;
   const auto columns = [&](int n) { return b + j * kWidth + n * kTileDepth; };
   for (; j + kTileDepth <= job.padded_rank; j += kTileDepth) {
-    multiply_tiles<Vecs>(h + j, h_stride, columns, b_stride);
+    load_tile<4>(h + j, h_stride);
+    multiply_tiles<Vecs, 4, 6>(columns, b_stride);
   }
-  if (j < job.padded_rank) multiply_short_tiles<Vecs>(h + j, h_stride, columns, b_stride);
+  if (j < job.padded_rank) {
+    load_tile<5>(h + j, h_stride);
+    multiply_tiles<Vecs, 5, 7>(columns, b_stride);
+  }
   store_sums<Vecs>(sums);
 }
 
@@ -138,7 +122,7 @@ void expand_few(const Tensors<bf16>& t, const Job<bf16>& job, int64_t lines, int
   for (int64_t row = 0; row < job.row_count; row += lines) {
     int64_t column = begin, done = 0;
     place(job, row, lines, column, both[0]);
-    _tile_loadd(6, job.h + both[0].first_row * job.padded_rank, job.padded_rank * 2);
+    load_tile<6>(job.h + both[0].first_row * job.padded_rank, job.padded_rank * 2);
     for (; column + kStep <= end; column += kStep, ++done) {
       Sums& sums = both[done % 2];
       place(job, row, lines, column, sums);

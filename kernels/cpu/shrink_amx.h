@@ -70,7 +70,7 @@ MANYLORA_INLINE RowTile tile_of(const Tensors<bf16>& t, const int32_t* rows, int
 MANYLORA_INLINE void load_rows(const RowTile& rows, int64_t k, int64_t in, bf16* buffer) {
   const int64_t left = in - k;
   if (rows.stride != 0 && left >= kTileDepth) {
-    _tile_loadd(4, rows.x[0] + k, rows.stride * 2);
+    load_tile<4>(rows.x[0] + k, rows.stride * 2);
     return;
   }
   const __mmask32 mask = left < kTileDepth ? (1u << left) - 1u : ~0u;
@@ -78,7 +78,7 @@ MANYLORA_INLINE void load_rows(const RowTile& rows, int64_t k, int64_t in, bf16*
     const __m512i line = _mm512_maskz_loadu_epi16(mask, rows.x[i] + k);
     _mm512_storeu_si512(buffer + i * kTileDepth, line);
   }
-  _tile_loadd(4, buffer, kTileBytes);
+  load_tile<4>(buffer, kTileBytes);
 }
 
 // Tile b of a block's last inputs, fewer than 32, with zeros up to a whole tile.
@@ -96,23 +96,9 @@ MANYLORA_INLINE const bf16* pad(const RankBlock& block, int64_t k, int64_t in, b
 // c 0 to Blocks - 1 += x in 4 by the blocks, in 6 and the last, maybe narrower one, in 7.
 template <int Blocks, class Tile>
 MANYLORA_INLINE void multiply_blocks(const RankBlock* blocks, const Tile& tile) {
-  if constexpr (Blocks > 1) {
-    _tile_loadd(6, tile(0), kTileBytes);
-    _tile_dpbf16ps(0, 4, 6);
-  }
-  if constexpr (Blocks > 2) {
-    _tile_loadd(6, tile(1), kTileBytes);
-    _tile_dpbf16ps(1, 4, 6);
-  }
-  if constexpr (Blocks > 3) {
-    _tile_loadd(6, tile(2), kTileBytes);
-    _tile_dpbf16ps(2, 4, 6);
-  }
-  _tile_loadd(7, tile(Blocks - 1), blocks[Blocks - 1].stride * 2);
-  if constexpr (Blocks == 1) _tile_dpbf16ps(0, 4, 7);
-  if constexpr (Blocks == 2) _tile_dpbf16ps(1, 4, 7);
-  if constexpr (Blocks == 3) _tile_dpbf16ps(2, 4, 7);
-  if constexpr (Blocks == 4) _tile_dpbf16ps(3, 4, 7);
+  multiply_tiles<Blocks - 1, 4, 6>(tile, kTileBytes);
+  load_tile<7>(tile(Blocks - 1), blocks[Blocks - 1].stride * 2);
+  multiply_tile<Blocks - 1, 4, 7>();
 }
 
 // sums [Blocks][16 rows][16 ranks]. first: these rows are the first to read the blocks.
