@@ -31,7 +31,16 @@ class Backend(Protocol):
 
     def pack_b(self, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor: ...
 
+    def packed_a_numel(self, r: int, in_size: int, dtype: torch.dtype) -> int: ...
+
     def packed_b_numel(self, out: int, r: int, dtype: torch.dtype) -> int: ...
+
+    def pack_factors_(
+        self,
+        buffer: torch.Tensor,
+        a: Sequence[tuple[int, torch.Tensor]],
+        b: Sequence[tuple[int, torch.Tensor]],
+    ) -> None: ...
 
     def apply_edits_(
         self,

@@ -6,6 +6,8 @@ other rows of the batch although the matrix products here take many rows at once
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from manylora.kernels.plan import Plan
@@ -29,6 +31,8 @@ __all__ = [
     "low_rank_backward_",
     "pack_a",
     "pack_b",
+    "pack_factors_",
+    "packed_a_numel",
     "packed_b_numel",
     "paged_attention",
     "rms_norm",
@@ -51,9 +55,29 @@ def pack_b(b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return b.to(dtype).flatten()
 
 
+def packed_a_numel(r: int, in_size: int, dtype: torch.dtype) -> int:  # noqa: ARG001
+    """Elements of `pack_a`'s result."""
+    return r * in_size
+
+
 def packed_b_numel(out: int, r: int, dtype: torch.dtype) -> int:  # noqa: ARG001
     """Elements of `pack_b`'s result."""
     return out * r
+
+
+def pack_factors_(
+    buffer: torch.Tensor,
+    a: Sequence[tuple[int, torch.Tensor]],
+    b: Sequence[tuple[int, torch.Tensor]],
+) -> None:
+    """Packs the A's and B's of an adapter, as `pack_a` and `pack_b` do, to where each is to begin.
+
+    buffer: [elements], in the pool's dtype, on the host. a, b: first elements, and factors.
+    """
+    for pack, factors in ((pack_a, a), (pack_b, b)):
+        for start, factor in factors:
+            packed = pack(factor, buffer.dtype)
+            buffer[start : start + packed.numel()] = packed
 
 
 def apply_edits_(

@@ -5,15 +5,11 @@ from __future__ import annotations
 from ctypes import c_int32, c_int64, c_void_p
 
 import torch
-import torch.nn.functional as F
 
 from manylora.kernels.cpu import library
 from manylora.kernels.plan import Plan
 from manylora.kernels.table import EditTable, SliceGroup
 
-_BLOCK = 64
-_UNIT = 16
-_RANKS = 16
 _DTYPES = library.DTYPES
 
 _apply = library.kernel(
@@ -26,46 +22,6 @@ _scale_rows = library.kernel(
     *(c_void_p, c_void_p, c_int64, c_int64, c_int32),  # out, x, stride, in, dtype
     *(c_void_p, c_int32, c_void_p, c_void_p),  # pool, module, table, plan
 )
-
-
-def pack_a(a: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A [r, in] as the kernel of the ISA in use streams it, flat: row-major, as it is.
-
-    For bfloat16 on AMX blocks of 16 ranks, the last one of what is left, [in/2][ranks][2] each, in
-    padded with a zero to whole pairs.
-    """
-    if dtype != torch.bfloat16 or library.current_isa() != "amx":
-        return a.to(dtype).flatten()
-    a = a.to(dtype)
-    if a.shape[1] % 2:
-        a = F.pad(a, (0, 1))
-    elif a.storage_offset() % 2 or not a.is_contiguous():
-        a = a.clone(memory_format=torch.contiguous_format)
-    blocks = [block.T.flatten() for block in torch.split(a.view(torch.int32), _RANKS)]
-    return (blocks[0] if len(blocks) == 1 else torch.cat(blocks)).view(dtype)
-
-
-def pack_b(b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """B [out, r] as the kernel streams it, flat: blocks of 64 outputs, [r/d][64][d] each.
-
-    The last block has 16, 32 or 48 outputs where that is enough. d, the depth, is 2 for bfloat16
-    (pairs of ranks, for vdpbf16ps), else 1. Padded with zeros to whole pairs and 16 outputs.
-    """
-    out, rank = b.shape
-    outs, ranks, depth = _padded(out, rank, dtype)
-    whole = outs // _BLOCK * _BLOCK
-    if (whole, ranks) == (out, rank):
-        return _depth_first(b.to(dtype).reshape(-1, _BLOCK, ranks), depth)
-    padded = torch.zeros(outs, ranks, dtype=dtype)
-    padded[:out, :rank] = b
-    parts = (padded[:whole].view(-1, _BLOCK, ranks), padded[whole:].unsqueeze(0))
-    return torch.cat([_depth_first(part, depth) for part in parts])
-
-
-def packed_b_numel(out: int, r: int, dtype: torch.dtype) -> int:
-    """Elements of `pack_b`'s result."""
-    outs, ranks, _ = _padded(out, r, dtype)
-    return outs * ranks
 
 
 def apply_edits_(
@@ -146,18 +102,6 @@ def scale_inputs(
         plan.address,
     )
     return scaled
-
-
-def _padded(out: int, rank: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Outputs and ranks with padding, and the depth."""
-    depth = 2 if dtype == torch.bfloat16 else 1
-    return -(-out // _UNIT) * _UNIT, -(-rank // depth) * depth, depth
-
-
-def _depth_first(blocks: torch.Tensor, depth: int) -> torch.Tensor:
-    """[blocks, outputs, ranks] to flat [blocks, ranks / depth, outputs, depth]."""
-    count, outputs, ranks = blocks.shape
-    return blocks.view(count, outputs, ranks // depth, depth).transpose(1, 2).flatten()
 
 
 def _misfit(

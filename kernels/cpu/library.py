@@ -8,6 +8,7 @@ MANYLORA_ISA (generic, avx2, avx512bf16, amx) overrides the choice of the fastes
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -95,6 +96,7 @@ def _require() -> ctypes.CDLL:
     return _library
 
 
+@functools.cache
 def _built_isas() -> tuple[str, ...]:
     names: list[str] = []
     while (name := _require().manylora_isa_name(len(names))) is not None:

@@ -11,6 +11,8 @@ be (one a row): programs beyond the real number, which they read from the plan, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -38,9 +40,26 @@ def pack_b(b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return packed.flatten()
 
 
+def packed_a_numel(r: int, in_size: int, dtype: torch.dtype) -> int:  # noqa: ARG001
+    """Elements of `pack_a`'s result."""
+    return r * in_size
+
+
 def packed_b_numel(out: int, r: int, dtype: torch.dtype) -> int:  # noqa: ARG001
     """Elements of `pack_b`'s result."""
     return tiles.round_up(out, UNIT) * r
+
+
+def pack_factors_(
+    buffer: torch.Tensor,
+    a: Sequence[tuple[int, torch.Tensor]],
+    b: Sequence[tuple[int, torch.Tensor]],
+) -> None:
+    """See `manylora.kernels.reference.pack_factors_`."""
+    for pack, factors in ((pack_a, a), (pack_b, b)):
+        for start, factor in factors:
+            packed = pack(factor, buffer.dtype)
+            buffer[start : start + packed.numel()] = packed
 
 
 def apply_edits_(

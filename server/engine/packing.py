@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from manylora import kernels
 from manylora.adapters_store.edits import LoweredAdapter, ModuleEdit
 from manylora.adapters_store.head import Head, HeadLayer
 
@@ -20,9 +21,16 @@ ALIGNMENT = 64  # bytes
 class Packer(Protocol):
     """The part of a kernel backend that says how A and B lie in the pool."""
 
-    def pack_a(self, a: torch.Tensor, dtype: torch.dtype) -> torch.Tensor: ...
+    def packed_a_numel(self, r: int, in_size: int, dtype: torch.dtype) -> int: ...
 
-    def pack_b(self, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor: ...
+    def packed_b_numel(self, out: int, r: int, dtype: torch.dtype) -> int: ...
+
+    def pack_factors_(
+        self,
+        buffer: torch.Tensor,
+        a: Sequence[tuple[int, torch.Tensor]],
+        b: Sequence[tuple[int, torch.Tensor]],
+    ) -> None: ...
 
 
 @dataclass(slots=True, frozen=True)
@@ -109,7 +117,7 @@ def pack(
     lowered: LoweredAdapter, modules: Mapping[str, int], packer: Packer, dtype: torch.dtype
 ) -> PackedAdapter:
     """Packs every tensor at its true rank. modules: id of each module name."""
-    buffer = BufferBuilder(dtype)
+    buffer = BufferBuilder(packer, dtype)
     rank = np.zeros(len(modules), np.int32)
     scale = np.zeros(len(modules), np.float32)
     offsets = np.full((len(modules), 5), -1, np.int64)
@@ -122,9 +130,11 @@ def pack(
         if edit.on_gather:
             continue
         rank[module], scale[module] = edit.rank, edit.scale
-        for column, elements in enumerate(_pool_tensors(edit, packer, dtype)):
-            if elements is not None:
-                offsets[module, column] = buffer.add(elements)
+        if edit.a is not None and edit.b is not None:
+            offsets[module, :2] = buffer.add_a(edit.a), buffer.add_b(edit.b)
+        for column, vector in enumerate((edit.in_scale, edit.out_scale, edit.bias), start=2):
+            if vector is not None:
+                offsets[module, column] = buffer.add(_float32_bits(vector, dtype))
     prefix = _put_prefix(lowered, buffer, dtype)
     head = _put_head(lowered.head, buffer, dtype)
     invocation = lowered.invocation
@@ -158,17 +168,32 @@ def _put_prefix(
 class BufferBuilder:
     """Lays tensors one after the other, each aligned, in one buffer of the pool's dtype."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, packer: Packer, dtype: torch.dtype) -> None:
+        self._packer = packer
         self._dtype = dtype
         self._parts: list[tuple[int, torch.Tensor]] = []
+        self._a: list[tuple[int, torch.Tensor]] = []
+        self._b: list[tuple[int, torch.Tensor]] = []
         self._end = 0
 
     def add(self, elements: torch.Tensor) -> int:
         """elements: flat, in the pool's dtype. Returns where they begin."""
-        start = self._end
+        start = self._reserve(elements.numel())
         self._parts.append((start, elements))
-        align = ALIGNMENT // self._dtype.itemsize
-        self._end += -(-elements.numel() // align) * align
+        return start
+
+    def add_a(self, a: torch.Tensor) -> int:
+        """a: [r, in], any float dtype. Returns where it begins, packed."""
+        rank, in_size = a.shape
+        start = self._reserve(self._packer.packed_a_numel(rank, in_size, self._dtype))
+        self._a.append((start, a))
+        return start
+
+    def add_b(self, b: torch.Tensor) -> int:
+        """b: [out, r], any float dtype. Returns where it begins, packed."""
+        out, rank = b.shape
+        start = self._reserve(self._packer.packed_b_numel(out, rank, self._dtype))
+        self._b.append((start, b))
         return start
 
     def put(self, tensor: torch.Tensor) -> PackedTensor:
@@ -179,23 +204,22 @@ class BufferBuilder:
         return PackedTensor(start, tuple(tensor.shape), tensor.dtype)
 
     def build(self) -> torch.Tensor:
-        buffer = torch.zeros(self._end, dtype=self._dtype)
+        buffer = kernels.empty([self._end], self._dtype, torch.device("cpu"))
         for start, elements in self._parts:
             buffer[start : start + elements.numel()] = elements
+        self._packer.pack_factors_(buffer, self._a, self._b)
         return buffer
 
+    def _reserve(self, numel: int) -> int:
+        start = self._end
+        align = ALIGNMENT // self._dtype.itemsize
+        self._end += -(-numel // align) * align
+        return start
 
-def _pool_tensors(
-    edit: ModuleEdit, packer: Packer, dtype: torch.dtype
-) -> list[torch.Tensor | None]:
-    """A, B, in_scale, out_scale, bias as they lie in the pool: flat, vectors as float32 bytes."""
-    a = None if edit.a is None else packer.pack_a(edit.a, dtype)
-    b = None if edit.b is None else packer.pack_b(edit.b, dtype)
-    vectors = [
-        None if v is None else v.to(torch.float32).contiguous().reshape(-1).view(dtype)
-        for v in (edit.in_scale, edit.out_scale, edit.bias)
-    ]
-    return [a, b, *vectors]
+
+def _float32_bits(vector: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A vector as it lies in the pool."""
+    return vector.to(torch.float32).contiguous().reshape(-1).view(dtype)
 
 
 def _own_tensors(edit: ModuleEdit, dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -383,9 +382,20 @@ def test_what_does_not_fit_is_refused(change: dict[str, object]) -> None:
         cpu.apply_edits_(**(arguments | change))  # type: ignore[arg-type]
 
 
-@pytest.mark.skipif(not cpu.available(), reason=cpu.why_unavailable())
-@pytest.mark.parametrize("view", [lambda a: a.view(-1)[1:].view(3, 5), lambda a: a.view(2, 8).T])
-def test_a_is_packed_from_any_view(view: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    a = view(torch.arange(16, dtype=torch.bfloat16))
-    expected = cpu.pack_a(a.clone(memory_format=torch.contiguous_format), torch.bfloat16)
-    assert torch.equal(cpu.pack_a(a, torch.bfloat16), expected)
+def test_many_in_one_buffer(backend: Backend, dtype: torch.dtype) -> None:
+    factors = [
+        (torch.randn(rank, 33).to(source), torch.randn(70, rank).to(source))
+        for rank, source in ((5, torch.float32), (16, torch.bfloat16), (1, torch.float16))
+    ]
+    gap, end = 3, 0
+    starts: tuple[list[tuple[int, torch.Tensor]], ...] = ([], [])
+    pieces = []
+    for pair in factors:
+        packed = backend.pack_a(pair[0], dtype), backend.pack_b(pair[1], dtype)
+        for column, (factor, piece) in enumerate(zip(pair, packed, strict=True)):
+            starts[column].append((end + gap, factor))
+            pieces += [torch.full((gap,), 7.0, dtype=dtype), piece]
+            end += gap + len(piece)
+    buffer = torch.full((end,), 7.0, dtype=dtype)
+    backend.pack_factors_(buffer, *starts)
+    assert torch.equal(bits(buffer), bits(torch.cat(pieces)))

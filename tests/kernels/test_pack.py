@@ -1,0 +1,102 @@
+"""A and B packed in C++, against their layouts put together from slices, bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from kernel_cases import DTYPES, drawn
+
+from manylora.kernels import Backend, cpu
+
+pytestmark = pytest.mark.skipif(not cpu.available(), reason=cpu.why_unavailable())
+SIZES = st.integers(0, 70) | st.sampled_from((127, 128, 129, 200))
+VIEWS = ("contiguous", "transposed", "every other", "odd start", "repeated")
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.uint8)
+
+
+def padded(matrix: torch.Tensor, lines: int, columns: int) -> torch.Tensor:
+    """Zeros around it, up to multiples of lines and columns."""
+    below, beside = -matrix.shape[0] % lines, -matrix.shape[1] % columns
+    return torch.nn.functional.pad(matrix, (0, beside, 0, below))
+
+
+def in_blocks(matrix: torch.Tensor, block: int, depth: int) -> torch.Tensor:
+    """[columns / depth][lines][depth] for each block of lines, flat."""
+    parts = [
+        torch.stack(lines.split(depth, dim=1)).flatten() if lines.numel() else lines.flatten()
+        for lines in matrix.split(block)
+    ]
+    return torch.cat(parts)
+
+
+def layouts(
+    a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As kernels/README.md has them."""
+    a, b, depth = a.to(dtype), b.to(dtype), 2 if dtype == torch.bfloat16 else 1
+    on_tiles = cpu.current_isa() == "amx" and dtype == torch.bfloat16
+    packed_a = in_blocks(padded(a, 1, 2), 16, 2) if on_tiles else a.flatten()
+    return packed_a, in_blocks(padded(b, 16, depth), 64, depth)
+
+
+def viewed(values: torch.Tensor, how: str) -> torch.Tensor:
+    """The same values, lying otherwise; repeated: those of the first row in each."""
+    lines, columns = values.shape
+    if how == "transposed":
+        return values.T.contiguous().T
+    if how == "every other":
+        wider = values.new_full((2 * lines, 3 * columns), torch.nan)
+        wider[::2, 1::3] = values
+        return wider[::2, 1::3]
+    if how == "odd start":
+        return torch.cat([values.new_full((1,), torch.nan), values.flatten()])[1:].view(
+            lines, columns
+        )
+    return values[:1].expand(lines, columns) if how == "repeated" and lines else values
+
+
+@drawn(interpreted=1)
+@given(data=st.data())
+def test_packed_as_the_layouts_say(
+    kernels: Backend, dtype: torch.dtype, data: st.DataObject
+) -> None:
+    rank, in_size, out = (data.draw(SIZES) for _ in range(3))
+    source = data.draw(st.sampled_from((*DTYPES, torch.float64)))
+    random = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    size = 10.0 ** data.draw(st.integers(-42, 6))  # subnormal, and beyond what float16 holds
+    a, b = (
+        viewed(
+            (size * torch.randn(shape, generator=random)).to(source),
+            data.draw(st.sampled_from(VIEWS)),
+        )
+        for shape in ((rank, in_size), (out, rank))
+    )
+    wanted = layouts(a, b, dtype)
+    found = kernels.pack_a(a, dtype), kernels.pack_b(b, dtype)
+    numels = kernels.packed_a_numel(rank, in_size, dtype), kernels.packed_b_numel(out, rank, dtype)
+    for got, want, numel in zip(found, wanted, numels, strict=True):
+        assert got.shape == (numel,)
+        assert torch.equal(bits(got), bits(want))
+
+
+@pytest.mark.parametrize(
+    ("buffer", "start", "shape"),
+    [
+        (torch.zeros(127), 0, (64, 2)),
+        (torch.zeros(128), 1, (64, 2)),
+        (torch.zeros(128), -1, (16, 2)),
+        (torch.zeros(256)[::2], 0, (16, 2)),
+        (torch.zeros(128), 0, (16, 2, 1)),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    buffer: torch.Tensor, start: int, shape: tuple[int, ...]
+) -> None:
+    with pytest.raises(ValueError, match=r"pack_factors_|unpack"):
+        cpu.pack_factors_(buffer, [], [(start, torch.ones(shape))])
+    assert not buffer.any()
