@@ -58,6 +58,7 @@ class Attention:
         size = (len(order), of.kv_heads, BLOCK, of.head_dim)
         numel = int(np.prod(size))
         layers = min(layers, ring.fits(2 * numel))
+        ring.fill()
         starts = [ring.take(2 * numel) for _ in range(layers)]
         self.caches = [ring.values[at : at + 2 * numel].view(2, *size) for at in starts]
         self.q = torch.randn(sequences * rows, of.heads, of.head_dim).to(DTYPE)

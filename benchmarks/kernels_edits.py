@@ -48,13 +48,8 @@ class Case:
     out_size: int
 
     @property
-    def numel(self) -> int:
-        """Elements of one adapter's A and B, to whole cache lines."""
-        return -(-self.rank * (self.in_size + self.out_size) // 32) * 32
-
-    @property
     def nbytes(self) -> int:
-        """A and B of all adapters, each read once."""
+        """A and B of all adapters in bfloat16, each read once."""
         return self.adapters * self.rank * (self.in_size + self.out_size) * DTYPE.itemsize
 
     @property
@@ -74,51 +69,57 @@ def cases(shape: tuple[int, int]) -> Iterator[Case]:
 
 
 class Edits:
-    """A case's tensors: `modules` modules of every adapter, in the ring."""
+    """A case's tensors: `modules` modules of every adapter, packed, in the ring. All have the
+    weights of the first.
+
+    a [adapters, rank, in], b [adapters, out, rank]: as peft has them.
+    """
 
     def __init__(self, case: Case, ring: Ring, modules: int = MODULES) -> None:
         self.case = case
-        self.modules = min(modules, ring.fits(case.adapters * case.numel))
+        self.a = torch.randn(case.adapters, case.rank, case.in_size).to(DTYPE) / 32
+        self.b = torch.randn(case.adapters, case.out_size, case.rank).to(DTYPE) / 32
+        packed, within = _side_by_side(self.a, self.b)
+        self.modules = min(modules, ring.fits(len(packed)))
         self.pool = ring.values
         self.x = torch.randn(case.rows, case.in_size).to(DTYPE)
         self.y = torch.zeros(case.rows, case.out_size, dtype=DTYPE)
         self.index = torch.arange(case.rows) % case.adapters
         self.plan = kernels.make_plan(self.index.numpy().astype(np.int32))
-        self.starts = [ring.take(case.adapters * case.numel) for _ in range(self.modules)]
+        starts = [ring.take(len(packed)) for _ in range(self.modules)]
+        for start in starts:
+            self.pool[start : start + len(packed)] = packed
         self.groups = [kernels.SliceGroup.single(m, case.out_size) for m in range(self.modules)]
         self.table = kernels.EditTable(case.adapters, self.modules)
         ranks, scales = np.full(self.modules, case.rank), np.ones(self.modules)
         for slot in range(case.adapters):
             offsets = np.full((self.modules, 5), -1, np.int64)
-            offsets[:, 0] = np.array(self.starts) + slot * case.numel
-            offsets[:, 1] = offsets[:, 0] + case.rank * case.in_size
+            offsets[:, :2] = np.array(starts)[:, None] + within[slot]
             self.table.write(slot, ranks.astype(np.int32), scales.astype(np.float32), offsets)
 
     def ours(self, turn: int) -> None:
         group = self.groups[turn % self.modules]
         cpu.apply_edits_(self.y, self.x, group, self.pool, self.table, self.plan)
 
-    def factors(self, turn: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """A [adapters, rank, in] and B [adapters, out, rank] of a module, as peft has them."""
-        case, start = self.case, self.starts[turn % self.modules]
-        both = self.pool[start : start + case.adapters * case.numel].view(case.adapters, -1)
-        a, b, _ = both.split_with_sizes(
-            [
-                case.rank * case.in_size,
-                rest := case.rank * case.out_size,
-                both.shape[1] - rest - case.rank * case.in_size,
-            ],
-            1,
-        )
-        return a.view(-1, case.rank, case.in_size), b.view(-1, case.out_size, case.rank)
-
-    def bmm(self, turn: int) -> None:
-        a, b = (factor[self.index] for factor in self.factors(turn))
+    def bmm(self, _: int) -> None:
+        a, b = self.a[self.index], self.b[self.index]
         self.y += torch.bmm(b, torch.bmm(a, self.x.unsqueeze(2))).squeeze(2)
 
-    def einsum(self, turn: int) -> None:
-        a, b = (factor[self.index] for factor in self.factors(turn))
+    def einsum(self, _: int) -> None:
+        a, b = self.a[self.index], self.b[self.index]
         self.y += torch.einsum("bor,br->bo", b, torch.einsum("bri,bi->br", a, self.x))
+
+
+def _side_by_side(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, np.ndarray]:
+    """All adapters' packed A and B, each on a cache line, and where they begin: [adapters, 2]."""
+    parts: list[torch.Tensor] = []
+    starts: list[int] = []
+    for factors in zip(a, b, strict=True):
+        for pack, factor in zip((cpu.pack_a, cpu.pack_b), factors, strict=True):
+            packed = pack(factor, DTYPE)
+            starts.append(sum(map(len, parts)))
+            parts.append(F.pad(packed, (0, -len(packed) % 32)))
+    return torch.cat(parts), np.array(starts).reshape(-1, 2)
 
 
 class Base:

@@ -27,10 +27,14 @@ class Ring:
 
     def __init__(self, size: int = RING_BYTES) -> None:
         self.values = kernels.empty([size // DTYPE.itemsize], DTYPE, torch.device("cpu"))
+        self._next = 0
+        self.fill()
+
+    def fill(self) -> None:
+        """Random numbers everywhere, also where something else has been written."""
         some = torch.randn(min(1 << 20, len(self.values)), generator=torch.Generator())
         for part in self.values.split(len(some)):
             part.copy_(some[: len(part)] / 32)
-        self._next = 0
 
     def take(self, numel: int) -> int:
         """Where a piece of so many elements begins; pieces begin on cache lines."""

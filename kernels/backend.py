@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Protocol, cast
 
+import numpy as np
 import torch
 
 from manylora.kernels import cpu, reference
@@ -31,16 +32,9 @@ class Backend(Protocol):
 
     def pack_b(self, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor: ...
 
-    def packed_a_numel(self, r: int, in_size: int, dtype: torch.dtype) -> int: ...
-
-    def packed_b_numel(self, out: int, r: int, dtype: torch.dtype) -> int: ...
-
-    def pack_factors_(
-        self,
-        buffer: torch.Tensor,
-        a: Sequence[tuple[int, torch.Tensor]],
-        b: Sequence[tuple[int, torch.Tensor]],
-    ) -> None: ...
+    def pack_factors(
+        self, factors: Sequence[tuple[torch.Tensor, torch.Tensor]], dtype: torch.dtype, before: int
+    ) -> tuple[torch.Tensor, np.ndarray]: ...
 
     def apply_edits_(
         self,

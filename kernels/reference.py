@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
+from manylora.kernels.packing import packed_in_turn
 from manylora.kernels.plan import Plan
 from manylora.kernels.reference_attention import paged_attention, write_kv
 from manylora.kernels.reference_small import (
@@ -31,9 +33,7 @@ __all__ = [
     "low_rank_backward_",
     "pack_a",
     "pack_b",
-    "pack_factors_",
-    "packed_a_numel",
-    "packed_b_numel",
+    "pack_factors",
     "paged_attention",
     "rms_norm",
     "rotary_write_kv",
@@ -55,29 +55,19 @@ def pack_b(b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return b.to(dtype).flatten()
 
 
-def packed_a_numel(r: int, in_size: int, dtype: torch.dtype) -> int:  # noqa: ARG001
-    """Elements of `pack_a`'s result."""
-    return r * in_size
+def pack_factors(
+    factors: Sequence[tuple[torch.Tensor, torch.Tensor]], dtype: torch.dtype, before: int
+) -> tuple[torch.Tensor, np.ndarray]:
+    """Pairs of A and B, as `pack_a` and `pack_b` pack them, side by side in one buffer on the host.
 
+    Args:
+        before: so many elements, at least, are left at the buffer's start for the caller to write.
 
-def packed_b_numel(out: int, r: int, dtype: torch.dtype) -> int:  # noqa: ARG001
-    """Elements of `pack_b`'s result."""
-    return out * r
-
-
-def pack_factors_(
-    buffer: torch.Tensor,
-    a: Sequence[tuple[int, torch.Tensor]],
-    b: Sequence[tuple[int, torch.Tensor]],
-) -> None:
-    """Packs the A's and B's of an adapter, as `pack_a` and `pack_b` do, to where each is to begin.
-
-    buffer: [elements], in the pool's dtype, on the host. a, b: first elements, and factors.
+    Returns:
+        The buffer, flat, of whole cache lines, and where each A and B begins in it, on one: int64
+        [pairs, 2].
     """
-    for pack, factors in ((pack_a, a), (pack_b, b)):
-        for start, factor in factors:
-            packed = pack(factor, buffer.dtype)
-            buffer[start : start + packed.numel()] = packed
+    return packed_in_turn(factors, dtype, before, pack_a, pack_b)
 
 
 def apply_edits_(

@@ -7,13 +7,7 @@ from manylora.kernels.cpu.decoder import DecoderLayer, DecoderLayers, DecoderPro
 from manylora.kernels.cpu.edits import apply_edits_, scale_inputs
 from manylora.kernels.cpu.library import available, current_isa, isas, set_isa, why_unavailable
 from manylora.kernels.cpu.memory import HugeArena, huge_empty
-from manylora.kernels.cpu.pack import (
-    pack_a,
-    pack_b,
-    pack_factors_,
-    packed_a_numel,
-    packed_b_numel,
-)
+from manylora.kernels.cpu.pack import pack_a, pack_b, pack_factors
 from manylora.kernels.cpu.product import PackedWeight, linear, packs
 from manylora.kernels.cpu.small import gelu_mul, layer_norm, rms_norm, rotary_write_kv, silu_mul
 from manylora.kernels.cpu.training import add_low_rank_, low_rank_backward_
@@ -37,9 +31,7 @@ __all__ = [
     "low_rank_backward_",
     "pack_a",
     "pack_b",
-    "pack_factors_",
-    "packed_a_numel",
-    "packed_b_numel",
+    "pack_factors",
     "packs",
     "paged_attention",
     "rms_norm",

@@ -13,10 +13,8 @@ namespace {
 class Ahead {
  public:
   // Nothing where the next segment's adapter leaves the module alone.
-  template <class T>
-  Ahead(const T* from, int64_t count)
-      : at_(reinterpret_cast<const char*>(from)),
-        end_(from == nullptr ? at_ : reinterpret_cast<const char*>(from + count)) {}
+  Ahead(const void* from, int64_t bytes)
+      : at_(static_cast<const char*>(from)), end_(from == nullptr ? at_ : at_ + bytes) {}
 
   // For so many bytes that are read, at most a cache line.
   void fetch(int64_t bytes) {

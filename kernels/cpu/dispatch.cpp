@@ -106,8 +106,9 @@ MANYLORA_KERNEL(scale_rows,
                  const void* pool, int32_t module, const void* table, const int32_t* plan),
                 (out, x, x_stride, in, dtype, pool, module, table, plan))
 
-MANYLORA_KERNEL(pack, (void* buffer, int64_t dtype, const void* matrices, int64_t count),
-                (buffer, dtype, matrices, count))
+MANYLORA_KERNEL(pack,
+                (void* buffer, int64_t dtype, void* matrices, int64_t count, int64_t* end),
+                (buffer, dtype, matrices, count, end))
 
 MANYLORA_KERNEL(paged_attention,
                 (void* out, const void* q, int64_t q_row_stride, int64_t q_head_stride,

@@ -76,6 +76,7 @@ struct Job {
   int64_t start, size;  // columns of y
   Hidden<T>* h;         // [row_count, padded_rank]
   int64_t shrinks_left;
+  int64_t b_column;  // at which b begins
   Ahead* ahead;  // null: it is not known what is read next
 
   bool idle() const { return rank == 0 && out_scale == nullptr && bias == nullptr; }

@@ -29,9 +29,14 @@ constexpr int64_t kSerialCost = 100000;
 // Where there are fewer segments than this for each thread, their jobs are cut; where there are
 // fewer jobs then, these are cut into pieces.
 constexpr int64_t kSegmentsPerWorker = 4, kJobsPerWorker = 4;
-// Sizes of a piece. Ranks keep shrink's widest tile, columns are whole blocks.
-constexpr int64_t kPieceRows = 16, kPieceRanks = 8;
-static_assert(16 % kPieceRanks == 0, "a piece is of one block of packed A");
+// Sizes of a piece. Ranks keep shrink's widest tile or, with AMX, are one block of packed A, columns
+// are whole blocks.
+#if defined(__AMX_BF16__)
+constexpr int64_t kPieceRanks = 16;
+#else
+constexpr int64_t kPieceRanks = 8;
+#endif
+constexpr int64_t kPieceRows = 16;
 constexpr int64_t kPieceColumns = 256, kPieceColumnsOneRow = 1024;
 
 template <class E>
@@ -208,6 +213,17 @@ void run_few(const Tensors<T>& t, const Group& group, const Table& table, const 
   free(jobs);
 }
 
+// How many bytes a tensor of so many elements takes in the pool, as far as they can be known.
+template <class T>
+int64_t bytes_of(const T*, int64_t count) {
+  return count * static_cast<int64_t>(sizeof(T));
+}
+#if defined(__AMX_BF16__)
+int64_t bytes_of(const bf16*, int64_t count) {
+  return static_cast<int64_t>(sizeof(Compact) + compact_units(count) * sizeof(CompactUnit)) + 64;
+}
+#endif
+
 // Many segments: each is one task. Its adapter's tensors for the group's modules lie one after the
 // other, and are read in that order.
 template <class T>
@@ -217,7 +233,8 @@ void run_many(const Tensors<T>& t, const Group& group, const Table& table, const
       Job<T> job = job_of(t, group, table, plan, s, m), next = {};
       if (job.idle()) continue;
       if (s + 1 < end) next = job_of(t, group, table, plan, s + 1, m);
-      Ahead a(next.a, next.rank * t.in), b(next.b, next.padded_rank * next.size);
+      Ahead a(next.a, bytes_of(next.a, next.rank * t.in));
+      Ahead b(next.b, bytes_of(next.b, next.padded_rank * next.size));
       Hidden<T>* hidden = allocate_hidden(&job, 1);
       job.ahead = &a;
       shrink(t, job, 0, job.row_count, 0, job.rank);

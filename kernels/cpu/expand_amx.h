@@ -10,6 +10,7 @@
 
 #include "amx.h"
 #include "expand.h"
+#include "unpack_amx.h"
 
 namespace manylora {
 namespace MANYLORA_ISA {
@@ -58,6 +59,7 @@ MANYLORA_INLINE void store_sums(Sums& sums) {
 
 // Where 16 columns of packed B begin, within whole blocks.
 MANYLORA_INLINE const bf16* columns_of(const Job<bf16>& job, int64_t column) {
+  column -= job.b_column;
   return job.b + column / kBlock * kBlock * job.padded_rank + column % kBlock * 2;
 }
 
@@ -77,7 +79,7 @@ MANYLORA_INLINE void multiply_many(const Job<bf16>& job, Sums& sums) {
   constexpr int64_t kWidth = Vecs * kLanes;
   const int64_t h_stride = job.padded_rank * 2, b_stride = kWidth * 4;
   const bf16* const h = job.h + sums.first_row * job.padded_rank;
-  const bf16* const b = job.b + sums.column * job.padded_rank;
+  const bf16* const b = job.b + (sums.column - job.b_column) * job.padded_rank;
   zero_tiles<Vecs>();
   int64_t j = 0;
   const auto columns = [&](int n) { return b + j * kWidth + n * kTileDepth; };
@@ -158,7 +160,7 @@ void expand_many(const Tensors<bf16>& t, const Job<bf16>& job, int64_t lines, in
 // The only row of a job, by Vecs * 16 columns of one block of B, with AMX's sums but by vectors.
 template <int Vecs, bool Plain>
 MANYLORA_INLINE void expand_row(const Tensors<bf16>& t, const Job<bf16>& job, int64_t column) {
-  const bf16* b = job.b + column * job.padded_rank;
+  const bf16* b = job.b + (column - job.b_column) * job.padded_rank;
   Vec total[Vecs];
   for (Vec& v : total) v = zero();
   for (int64_t first = 0; first < job.padded_rank; first += kTileDepth) {
@@ -167,8 +169,8 @@ MANYLORA_INLINE void expand_row(const Tensors<bf16>& t, const Job<bf16>& job, in
     const int64_t end = least(first + kTileDepth, job.padded_rank);
     for (int64_t j = first; j < end; j += 2, b += Vecs * kTileDepth) {
       const Vec h_even = splat(to_float(job.h[j])), h_odd = splat(to_float(job.h[j + 1]));
+      for (int v = 0; job.ahead != nullptr && v < Vecs; v += 2) job.ahead->fetch(kTileBytes);
       for (int v = 0; v < Vecs; ++v) {
-        fetch_ahead(job, b + v * kTileDepth, kTileBytes);
         const __m512i pairs = _mm512_loadu_si512(b + v * kTileDepth);
         even[v] = fma(h_even, even_of(pairs), even[v]);
         odd[v] = fma(h_odd, odd_of(pairs), odd[v]);
@@ -194,25 +196,22 @@ void expand_one(const Tensors<bf16>& t, const Job<bf16>& job, int64_t column, in
   if (vecs == 4) expand_row<4, false>(t, job, column);
 }
 
-// Columns from `column` on, in whole blocks, a span at a time, so that its B stays near.
+// Columns from `column` on, in whole blocks.
 template <bool Plain>
 void expand_blocks(const Tensors<bf16>& t, const Job<bf16>& job, int64_t lines, int64_t column,
                    int64_t end) {
-  constexpr int64_t kSpan = 384;
   TileShapes shapes = many_ranks(job, lines);
   if (job.padded_rank <= kTileDepth) shapes = few_ranks(job, lines);
   shapes.use();
-  for (; column < end; column += kSpan) {
-    if (job.padded_rank <= kTileDepth) {
-      expand_few<Plain>(t, job, lines, column, least(column + kSpan, end));
-    } else {
-      expand_many<4, Plain>(t, job, lines, column, least(column + kSpan, end));
-    }
+  if (job.padded_rank <= kTileDepth) {
+    expand_few<Plain>(t, job, lines, column, end);
+  } else {
+    expand_many<4, Plain>(t, job, lines, column, end);
   }
 }
 
-void expand(const Tensors<bf16>& t, const Job<bf16>& job, int64_t begin, int64_t end) {
-  if (job.rank == 0) return expand<bf16>(t, job, begin, end);
+// Columns whose B has been unpacked.
+void expand_span(const Tensors<bf16>& t, const Job<bf16>& job, int64_t begin, int64_t end) {
   const bool plain = job.out_scale == nullptr && job.bias == nullptr;
   if (job.row_count == 1) return (plain ? expand_one<true> : expand_one<false>)(t, job, begin, end);
   const int64_t lines = least(kTileLines, job.row_count);
@@ -231,6 +230,20 @@ void expand(const Tensors<bf16>& t, const Job<bf16>& job, int64_t begin, int64_t
     if (vecs == 4) expand_many<4, false>(t, job, lines, whole, end);
   }
   _tile_release();
+}
+
+// A span at a time, so that its B stays near.
+void expand(const Tensors<bf16>& t, const Job<bf16>& job, int64_t begin, int64_t end) {
+  if (job.rank == 0) return expand<bf16>(t, job, begin, end);
+  const int64_t kSpan = job.row_count == 1 ? 1024 : 384;
+  for (; begin < end; begin += kSpan) {
+    const int64_t stop = least(begin + kSpan, end);
+    const int64_t padded = (stop + kUnit - 1) / kUnit * kUnit;
+    Job<bf16> part = job;
+    part.b = unpack(job, job.b, begin * job.padded_rank, padded * job.padded_rank);
+    part.b_column = begin;
+    expand_span(t, part, begin, stop);
+  }
 }
 
 }  // namespace

@@ -2,15 +2,19 @@
 //
 // A matrix [lines, columns] becomes blocks of `block` lines, the last of those that are left, rounded
 // up to whole `unit`s. A block lies [columns / depth][lines][depth], its columns rounded up to whole
-// depths. Zeros fill what is rounded up.
+// depths. Zeros fill what is rounded up. For bfloat16 on AMX the result is then made compact.
 
+#include <stdlib.h>
+
+#include "compact.h"
 #include "simd.h"
 
 namespace manylora {
 namespace MANYLORA_ISA {
 namespace {
 
-// pack.py has the same words. Strides in elements; start: of the result, in the buffer's elements.
+// pack.py has the same words. Strides in elements; start: of the result, in the buffer's elements,
+// written here.
 struct Matrix {
   const void* from;
   int64_t dtype, line_stride, column_stride, lines, columns, start, block, unit, depth;
@@ -94,27 +98,49 @@ void pack_matrix(const Matrix& m, T* to) {
 }
 
 template <class T>
-void pack_all(T* buffer, const Matrix* matrices, int64_t count) {
+void pack_from(const Matrix& m, T* to) {
+  if (m.dtype == kFloat32) return pack_matrix<float>(m, to);
+  if (m.dtype == kFloat16) return pack_matrix<f16>(m, to);
+  pack_matrix<bf16>(m, to);
+}
+
+int64_t numel(const Matrix& m) { return round_up(m.lines, m.unit) * round_up(m.columns, m.depth); }
+
+// Packs one matrix; returns how many elements it takes. part: memory for one, where it is compact.
+template <class T>
+int64_t pack_one(const Matrix& m, T* to, T*) {
+  pack_from(m, to);
+  return numel(m);
+}
+#if defined(__AMX_BF16__)
+int64_t pack_one(const Matrix& m, bf16* to, bf16* part) {
+  pack_from(m, part);
+  return compact(to, part, numel(m)) / static_cast<int64_t>(sizeof(bf16));
+}
+#endif
+
+// One after the other from element *end on, each on a cache line.
+template <class T>
+void pack_all(T* buffer, Matrix* matrices, int64_t count, int64_t* end) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  int64_t most = 0;
+  for (int64_t i = 0; i < count; ++i) most = numel(matrices[i]) > most ? numel(matrices[i]) : most;
+  T* const part = static_cast<T*>(malloc(static_cast<size_t>(most) * sizeof(T) + 1));
+  if (part == nullptr) abort();
   for (int64_t i = 0; i < count; ++i) {
-    const Matrix& m = matrices[i];
-    T* const to = buffer + m.start;
-    if (m.dtype == kFloat32) {
-      pack_matrix<float>(m, to);
-    } else if (m.dtype == kFloat16) {
-      pack_matrix<f16>(m, to);
-    } else {
-      pack_matrix<bf16>(m, to);
-    }
+    matrices[i].start = round_up(*end, kLine);
+    *end = matrices[i].start + pack_one(matrices[i], buffer + matrices[i].start, part);
   }
+  free(part);
 }
 
 }  // namespace
 
-void pack(void* buffer, int64_t dtype, const void* matrices, int64_t count) {
-  const Matrix* const all = static_cast<const Matrix*>(matrices);
-  if (dtype == kFloat32) return pack_all(static_cast<float*>(buffer), all, count);
-  if (dtype == kFloat16) return pack_all(static_cast<f16*>(buffer), all, count);
-  pack_all(static_cast<bf16*>(buffer), all, count);
+void pack(void* buffer, int64_t dtype, void* matrices, int64_t count, int64_t* end) {
+  Matrix* const all = static_cast<Matrix*>(matrices);
+  if (dtype == kFloat32) return pack_all(static_cast<float*>(buffer), all, count, end);
+  if (dtype == kFloat16) return pack_all(static_cast<f16*>(buffer), all, count, end);
+  pack_all(static_cast<bf16*>(buffer), all, count, end);
 }
 
 }  // namespace MANYLORA_ISA

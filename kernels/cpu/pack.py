@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from ctypes import c_void_p
+from collections.abc import Callable, Sequence
+from ctypes import addressof, c_int64, c_void_p
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,10 +11,16 @@ import torch
 
 from manylora.kernels.cpu import library
 from manylora.kernels.cpu.library import INT64
+from manylora.kernels.cpu.memory import huge_empty
 
 _DTYPES = library.DTYPES
 
-_pack = library.kernel("pack", c_void_p, INT64, c_void_p, INT64)  # buffer, dtype, matrices, count
+# buffer, dtype, matrices, count, end
+_pack = library.kernel("pack", c_void_p, INT64, c_void_p, INT64, c_void_p)
+_WORDS, _START = 10, 6  # of a matrix; where it begins, among them
+_LINE = 64  # bytes
+# Of compact.h: elements of the header, of a unit, and of the exceptions that a unit has at most.
+_HEADER, _UNIT, _EXCEPTIONS = 32, 128, 8
 
 
 @dataclass(slots=True, frozen=True)
@@ -40,12 +46,10 @@ def pack_a(a: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A [r, in] as the kernel of the ISA in use streams it, flat: row-major, as it is.
 
     For bfloat16 on AMX blocks of 16 ranks, the last one of what is left, [in/2][ranks][2] each, in
-    padded with a zero to whole pairs.
+    padded with a zero to whole pairs; then made compact (compact.h), as B is.
     """
-    rank, in_size = a.shape
-    packed = torch.empty(packed_a_numel(rank, in_size, dtype), dtype=dtype)
-    pack_factors_(packed, [(0, a)], [])
-    return packed
+    buffer, _, end = _pack_matrices([(a, _layout_a(dtype))], dtype, 0, torch.empty)
+    return buffer[:end]
 
 
 def pack_b(b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -54,55 +58,62 @@ def pack_b(b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     The last block has 16, 32 or 48 outputs where that is enough. d, the depth, is 2 for bfloat16
     (pairs of ranks, for vdpbf16ps), else 1. Padded with zeros to whole pairs and 16 outputs.
     """
-    out, rank = b.shape
-    packed = torch.empty(packed_b_numel(out, rank, dtype), dtype=dtype)
-    pack_factors_(packed, [], [(0, b)])
-    return packed
+    buffer, _, end = _pack_matrices([(b, _layout_b(dtype))], dtype, 0, torch.empty)
+    return buffer[:end]
 
 
-def packed_a_numel(r: int, in_size: int, dtype: torch.dtype) -> int:
-    """Elements of `pack_a`'s result."""
-    return _layout_a(dtype).numel(r, in_size)
-
-
-def packed_b_numel(out: int, r: int, dtype: torch.dtype) -> int:
-    """Elements of `pack_b`'s result."""
-    return _layout_b(dtype).numel(out, r)
-
-
-def pack_factors_(
-    buffer: torch.Tensor,
-    a: Sequence[tuple[int, torch.Tensor]],
-    b: Sequence[tuple[int, torch.Tensor]],
-) -> None:
-    """See `manylora.kernels.reference.pack_factors_`.
+def pack_factors(
+    factors: Sequence[tuple[torch.Tensor, torch.Tensor]], dtype: torch.dtype, before: int
+) -> tuple[torch.Tensor, np.ndarray]:
+    """See `manylora.kernels.reference.pack_factors`. The buffer lies in huge pages.
 
     Raises:
-        ValueError: a buffer with gaps, a factor that is no matrix, or that does not fit in.
+        ValueError: a factor that is no matrix.
     """
-    matrices: list[tuple[int, ...]] = []
-    tensors: list[torch.Tensor] = []
-    for layout, factors in ((_layout_a(buffer.dtype), a), (_layout_b(buffer.dtype), b)):
-        form = (layout.block, layout.unit, layout.depth)
-        for start, factor in factors:
-            known = factor if factor.dtype in _DTYPES else factor.to(buffer.dtype)
-            lines, columns = known.shape
-            if not 0 <= start <= buffer.numel() - layout.numel(lines, columns):
-                raise ValueError(
-                    f"pack_factors_: {tuple(known.shape)} from element {start} on does not fit in "
-                    f"a buffer of {buffer.numel()}"
-                )
-            where = (known.data_ptr(), _DTYPES[known.dtype], *known.stride())
-            matrices.append((*where, lines, columns, start, *form))
-            tensors.append(known)
-    if not buffer.is_contiguous():
-        raise ValueError(f"pack_factors_: wanted a contiguous buffer; found {buffer.stride()}")
-    words = np.array(matrices, np.int64)
-    _pack(buffer.data_ptr(), _DTYPES[buffer.dtype], words.ctypes.data, len(matrices))
+    layouts = (_layout_a(dtype), _layout_b(dtype))
+    matrices = [pair for factor in factors for pair in zip(factor, layouts, strict=True)]
+    buffer, starts, end = _pack_matrices(matrices, dtype, before, huge_empty)
+    line = _LINE // dtype.itemsize
+    return buffer[: -(-end // line) * line], starts.reshape(-1, 2)
+
+
+def _pack_matrices(
+    matrices: Sequence[tuple[torch.Tensor, _Layout]],
+    dtype: torch.dtype,
+    before: int,
+    empty: Callable[..., torch.Tensor],
+) -> tuple[torch.Tensor, np.ndarray, int]:
+    """Each from a cache line on, after `before` elements; a buffer with room for them and for the
+    rest of the last line, where each begins, and where the last ends."""
+    line = _LINE // dtype.itemsize
+    known = [m if m.dtype in _DTYPES else m.to(dtype) for m, _ in matrices]
+    words: list[tuple[int, ...]] = []
+    room = before + line
+    for matrix, (_, layout) in zip(known, matrices, strict=True):
+        lines, columns = matrix.shape
+        where = (matrix.data_ptr(), _DTYPES[matrix.dtype], *matrix.stride())
+        words.append((*where, lines, columns, 0, layout.block, layout.unit, layout.depth))
+        room += line + _room(layout.numel(lines, columns), dtype)
+    table = np.array(words, np.int64).reshape(len(words), _WORDS)
+    buffer = empty((room,), dtype=dtype)
+    end = c_int64(before)
+    _pack(buffer.data_ptr(), _DTYPES[dtype], table.ctypes.data, len(words), addressof(end))
+    return buffer, table[:, _START], end.value
+
+
+def _room(numel: int, dtype: torch.dtype) -> int:
+    """Elements that a packed matrix may take."""
+    if not _is_compact(dtype):
+        return numel
+    return _HEADER + max(numel, -(-numel // _UNIT) * (_UNIT * 3 // 4 + _EXCEPTIONS))
+
+
+def _is_compact(dtype: torch.dtype) -> bool:
+    return dtype == torch.bfloat16 and library.current_isa() == "amx"
 
 
 def _layout_a(dtype: torch.dtype) -> _Layout:
-    return _TILES if dtype == torch.bfloat16 and library.current_isa() == "amx" else _ROWS
+    return _TILES if _is_compact(dtype) else _ROWS
 
 
 def _layout_b(dtype: torch.dtype) -> _Layout:

@@ -8,7 +8,9 @@
 #pragma once
 
 #include "amx.h"
+#include "rows.h"
 #include "shrink.h"
+#include "unpack_amx.h"
 
 namespace manylora {
 namespace MANYLORA_ISA {
@@ -16,39 +18,49 @@ namespace {
 
 constexpr int kMostBlocks = 4;  // of ranks, that a tile of x meets at once
 
-// Ranks [rank, rank + count) of one block of packed A.
+// Ranks [rank, rank + count) of A, a block of it.
 struct RankBlock {
-  const bf16* a;   // of input 0
-  int64_t stride;  // elements from one pair of inputs to the next
+  const bf16* a;  // [in / 2][count][2]
   int64_t rank, count;
+
+  int64_t stride() const { return count * 2; }  // elements from one pair of inputs to the next
 };
 
-// That part of [rank, end) which lies in the block of `rank`.
-MANYLORA_INLINE RankBlock block_of(const Job<bf16>& job, int64_t in, int64_t rank, int64_t end) {
-  const int64_t first = rank / kTileLines * kTileLines, pairs = (in + 1) / 2;
-  const int64_t width = least(kTileLines, job.rank - first);
-  return {job.a + first * pairs * 2 + (rank - first) * 2, width * 2, rank,
-          least(first + width, end) - rank};
+// Adds the products of 32 inputs or fewer, even and odd ones apart. Whole: of 32, by 16 ranks.
+template <bool Whole>
+MANYLORA_INLINE Vec sums_of(const float* x, int64_t inputs, const bf16* a, const RankBlock& block) {
+  const __mmask16 ranks = Whole ? 0xffff : first(block.count);
+  const int64_t stride = Whole ? kTileDepth : block.stride(), end = Whole ? kTileDepth : inputs;
+  Vec even = zero(), odd = zero();
+  for (int64_t i = 0; i < end; i += 2) {
+    const __m512i pairs = _mm512_maskz_loadu_epi32(ranks, a + i / 2 * stride);
+    even = fma(splat(x[i]), even_of(pairs), even);
+    if (Whole || i + 1 < end) odd = fma(splat(x[i + 1]), odd_of(pairs), odd);
+  }
+  return add(even, odd);
 }
 
 // The sums of one row by a block.
-MANYLORA_INLINE Vec shrink_row(const Job<bf16>& job, const bf16* x, int64_t in,
+MANYLORA_INLINE Vec shrink_row(const Job<bf16>& job, const float* x, int64_t in,
                                const RankBlock& block) {
-  const __mmask16 ranks = first(block.count);
   const bf16* a = block.a;
+  const bool whole = block.count == kTileLines;
   Vec total = zero();
-  for (int64_t k = 0; k < in; k += kTileDepth) {
-    Vec even = zero(), odd = zero();
-    const int64_t end = least(k + kTileDepth, in);
-    for (int64_t i = k; i < end; i += 2, a += block.stride) {
-      fetch_ahead(job, a, block.count * 4);
-      const __m512i pairs = _mm512_maskz_loadu_epi32(ranks, a);
-      even = fma(splat(to_float(x[i])), even_of(pairs), even);
-      if (i + 1 < in) odd = fma(splat(to_float(x[i + 1])), odd_of(pairs), odd);
-    }
-    total = add(total, add(even, odd));
+  for (int64_t k = 0; k < in; k += kTileDepth, a += kTileLines * block.stride()) {
+    for (int i = 0; job.ahead != nullptr && i < 8; ++i) job.ahead->fetch(block.count * 4);
+    const int64_t left = in - k;
+    total = add(total, whole && left >= kTileDepth
+                           ? sums_of<true>(x + k, kTileDepth, a, block)
+                           : sums_of<false>(x + k, least(left, kTileDepth), a, block));
   }
   return total;
+}
+
+// A row of x in float32, in memory that the thread keeps for it.
+inline const float* widened(const bf16* x, int64_t in) {
+  float* const to = scratch<float>(in);
+  each_vec(in, [&](int64_t k, auto part) { store(to + k, load(x + k, part), part); });
+  return to;
 }
 
 // Up to 16 rows of x, `stride` elements apart; 0: each where it is.
@@ -86,8 +98,8 @@ MANYLORA_INLINE const bf16* pad(const RankBlock& block, int64_t k, int64_t in, b
   for (int64_t i = 0; i < kTileLines; ++i) {
     const bool there = k + i * 2 < in;
     const __mmask16 ranks = there ? first(block.count) : 0;
-    const bf16* const from = block.a + (there ? k / 2 + i : 0) * block.stride;
-    _mm512_mask_storeu_epi32(to + i * block.stride, first(block.count),
+    const bf16* const from = block.a + (there ? k / 2 + i : 0) * block.stride();
+    _mm512_mask_storeu_epi32(to + i * block.stride(), first(block.count),
                              _mm512_maskz_loadu_epi32(ranks, from));
   }
   return to;
@@ -97,7 +109,7 @@ MANYLORA_INLINE const bf16* pad(const RankBlock& block, int64_t k, int64_t in, b
 template <int Blocks, class Tile>
 MANYLORA_INLINE void multiply_blocks(const RankBlock* blocks, const Tile& tile) {
   multiply_tiles<Blocks - 1, 4, 6>(tile, kTileBytes);
-  load_tile<7>(tile(Blocks - 1), blocks[Blocks - 1].stride * 2);
+  load_tile<7>(tile(Blocks - 1), blocks[Blocks - 1].stride() * 2);
   multiply_tile<Blocks - 1, 4, 7>();
 }
 
@@ -112,9 +124,9 @@ void shrink_tiles(const Job<bf16>& job, const RowTile& rows, int64_t in, const R
     load_rows(rows, k, in, gathered[k / kTileDepth % 2]);
     multiply_blocks<Blocks>(blocks, [&](int i) {
       if (in - k < kTileDepth) return pad(blocks[i], k, in, last[i]);
-      const bf16* const a = blocks[i].a + k / 2 * blocks[i].stride;
+      const bf16* const a = blocks[i].a + k / 2 * blocks[i].stride();
       for (int64_t line = 0; first && line < kTileLines; ++line) {
-        fetch_ahead(job, a + line * blocks[i].stride, blocks[i].stride * 2);
+        if (job.ahead != nullptr) job.ahead->fetch(blocks[i].stride() / 2);
       }
       return a;
     });
@@ -158,26 +170,28 @@ void shrink_rows(const Tensors<bf16>& t, const Job<bf16>& job, int64_t row, int6
   _tile_release();
 }
 
+// begin, and end but for A's last rank, are where a block begins.
 void shrink(const Tensors<bf16>& t, const Job<bf16>& job, int64_t row, int64_t row_end,
             int64_t begin, int64_t end) {
-  if (row_end - row == 1) {
-    const FlushDenormals like_tiles;
-    const bf16* const x = t.x + job.rows[row] * t.x_stride;
-    for (int64_t rank = begin; rank < end;) {
-      const RankBlock block = block_of(job, t.in, rank, end);
-      store(job.h + row * job.padded_rank + rank, shrink_row(job, x, t.in, block), block.count);
-      rank += block.count;
-    }
-    return;
-  }
+  const bool one = row_end - row == 1;
+  const float* const x = one ? widened(t.x + job.rows[row] * t.x_stride, t.in) : nullptr;
+  const int64_t most = one ? 1 : kMostBlocks, rank_size = (t.in + 1) / 2 * 2;
   while (begin < end) {
-    // All but the last are whole: pieces of a job are of 8 ranks, and so of one block.
+    const int64_t stop = least(begin + most * kTileLines, end);
+    const bf16* a = unpack(job, job.a, begin * rank_size, stop * rank_size);
     RankBlock blocks[kMostBlocks];
     int64_t count = 0;
-    for (; count < kMostBlocks && begin < end; begin += blocks[count++].count) {
-      blocks[count] = block_of(job, t.in, begin, end);
+    for (; begin < stop; begin += kTileLines) {
+      blocks[count] = {a, begin, least(kTileLines, stop - begin)};
+      a += blocks[count++].count * rank_size;
     }
-    shrink_rows(t, job, row, row_end, blocks, count);
+    if (one) {
+      const FlushDenormals like_tiles;
+      const Vec sums = shrink_row(job, x, t.in, blocks[0]);
+      store(job.h + row * job.padded_rank + blocks[0].rank, sums, blocks[0].count);
+    } else {
+      shrink_rows(t, job, row, row_end, blocks, count);
+    }
   }
 }
 

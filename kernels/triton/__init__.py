@@ -13,9 +13,7 @@ from manylora.kernels.triton.edits import (
     apply_edits_,
     pack_a,
     pack_b,
-    pack_factors_,
-    packed_a_numel,
-    packed_b_numel,
+    pack_factors,
 )
 from manylora.kernels.triton.norm import layer_norm, rms_norm
 from manylora.kernels.triton.product import linear_with_edits
@@ -33,9 +31,7 @@ __all__ = [
     "low_rank_backward_",
     "pack_a",
     "pack_b",
-    "pack_factors_",
-    "packed_a_numel",
-    "packed_b_numel",
+    "pack_factors",
     "paged_attention",
     "rms_norm",
     "rotary_write_kv",

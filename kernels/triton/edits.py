@@ -13,10 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 
+from manylora.kernels.packing import packed_in_turn
 from manylora.kernels.plan import Plan
 from manylora.kernels.table import EditTable, SliceGroup
 from manylora.kernels.triton import tiles
@@ -40,26 +42,11 @@ def pack_b(b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return packed.flatten()
 
 
-def packed_a_numel(r: int, in_size: int, dtype: torch.dtype) -> int:  # noqa: ARG001
-    """Elements of `pack_a`'s result."""
-    return r * in_size
-
-
-def packed_b_numel(out: int, r: int, dtype: torch.dtype) -> int:  # noqa: ARG001
-    """Elements of `pack_b`'s result."""
-    return tiles.round_up(out, UNIT) * r
-
-
-def pack_factors_(
-    buffer: torch.Tensor,
-    a: Sequence[tuple[int, torch.Tensor]],
-    b: Sequence[tuple[int, torch.Tensor]],
-) -> None:
-    """See `manylora.kernels.reference.pack_factors_`."""
-    for pack, factors in ((pack_a, a), (pack_b, b)):
-        for start, factor in factors:
-            packed = pack(factor, buffer.dtype)
-            buffer[start : start + packed.numel()] = packed
+def pack_factors(
+    factors: Sequence[tuple[torch.Tensor, torch.Tensor]], dtype: torch.dtype, before: int
+) -> tuple[torch.Tensor, np.ndarray]:
+    """See `manylora.kernels.reference.pack_factors`."""
+    return packed_in_turn(factors, dtype, before, pack_a, pack_b)
 
 
 def apply_edits_(

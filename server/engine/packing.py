@@ -11,7 +11,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from manylora import kernels
 from manylora.adapters_store.edits import LoweredAdapter, ModuleEdit
 from manylora.adapters_store.head import Head, HeadLayer
 
@@ -21,16 +20,9 @@ ALIGNMENT = 64  # bytes
 class Packer(Protocol):
     """The part of a kernel backend that says how A and B lie in the pool."""
 
-    def packed_a_numel(self, r: int, in_size: int, dtype: torch.dtype) -> int: ...
-
-    def packed_b_numel(self, out: int, r: int, dtype: torch.dtype) -> int: ...
-
-    def pack_factors_(
-        self,
-        buffer: torch.Tensor,
-        a: Sequence[tuple[int, torch.Tensor]],
-        b: Sequence[tuple[int, torch.Tensor]],
-    ) -> None: ...
+    def pack_factors(
+        self, factors: Sequence[tuple[torch.Tensor, torch.Tensor]], dtype: torch.dtype, before: int
+    ) -> tuple[torch.Tensor, np.ndarray]: ...
 
 
 @dataclass(slots=True, frozen=True)
@@ -117,7 +109,8 @@ def pack(
     lowered: LoweredAdapter, modules: Mapping[str, int], packer: Packer, dtype: torch.dtype
 ) -> PackedAdapter:
     """Packs every tensor at its true rank. modules: id of each module name."""
-    buffer = BufferBuilder(packer, dtype)
+    buffer = BufferBuilder(dtype)
+    factors: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     rank = np.zeros(len(modules), np.int32)
     scale = np.zeros(len(modules), np.float32)
     offsets = np.full((len(modules), 5), -1, np.int64)
@@ -131,14 +124,17 @@ def pack(
             continue
         rank[module], scale[module] = edit.rank, edit.scale
         if edit.a is not None and edit.b is not None:
-            offsets[module, :2] = buffer.add_a(edit.a), buffer.add_b(edit.b)
+            factors[module] = (edit.a, edit.b)
         for column, vector in enumerate((edit.in_scale, edit.out_scale, edit.bias), start=2):
             if vector is not None:
                 offsets[module, column] = buffer.add(_float32_bits(vector, dtype))
     prefix = _put_prefix(lowered, buffer, dtype)
     head = _put_head(lowered.head, buffer, dtype)
+    elements, starts = packer.pack_factors(list(factors.values()), dtype, buffer.end)
+    offsets[list(factors), :2] = starts
+    buffer.write(elements)
     invocation = lowered.invocation
-    return PackedAdapter(buffer.build(), rank, scale, offsets, prefix, overrides, head, invocation)
+    return PackedAdapter(elements, rank, scale, offsets, prefix, overrides, head, invocation)
 
 
 def _put_head(head: Head | None, buffer: BufferBuilder, dtype: torch.dtype) -> PackedHead | None:
@@ -166,34 +162,22 @@ def _put_prefix(
 
 
 class BufferBuilder:
-    """Lays tensors one after the other, each aligned, in one buffer of the pool's dtype."""
+    """Lays tensors one after the other, each aligned, at the start of a buffer of the pool's dtype.
 
-    def __init__(self, packer: Packer, dtype: torch.dtype) -> None:
-        self._packer = packer
+    end: how many elements they take.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
         self._dtype = dtype
         self._parts: list[tuple[int, torch.Tensor]] = []
-        self._a: list[tuple[int, torch.Tensor]] = []
-        self._b: list[tuple[int, torch.Tensor]] = []
-        self._end = 0
+        self.end = 0
 
     def add(self, elements: torch.Tensor) -> int:
         """elements: flat, in the pool's dtype. Returns where they begin."""
-        start = self._reserve(elements.numel())
+        start = self.end
         self._parts.append((start, elements))
-        return start
-
-    def add_a(self, a: torch.Tensor) -> int:
-        """a: [r, in], any float dtype. Returns where it begins, packed."""
-        rank, in_size = a.shape
-        start = self._reserve(self._packer.packed_a_numel(rank, in_size, self._dtype))
-        self._a.append((start, a))
-        return start
-
-    def add_b(self, b: torch.Tensor) -> int:
-        """b: [out, r], any float dtype. Returns where it begins, packed."""
-        out, rank = b.shape
-        start = self._reserve(self._packer.packed_b_numel(out, rank, self._dtype))
-        self._b.append((start, b))
+        align = ALIGNMENT // self._dtype.itemsize
+        self.end += -(-elements.numel() // align) * align
         return start
 
     def put(self, tensor: torch.Tensor) -> PackedTensor:
@@ -203,18 +187,10 @@ class BufferBuilder:
         start = self.add(padded.view(self._dtype))
         return PackedTensor(start, tuple(tensor.shape), tensor.dtype)
 
-    def build(self) -> torch.Tensor:
-        buffer = kernels.empty([self._end], self._dtype, torch.device("cpu"))
+    def write(self, buffer: torch.Tensor) -> None:
+        """buffer: [end or more]."""
         for start, elements in self._parts:
             buffer[start : start + elements.numel()] = elements
-        self._packer.pack_factors_(buffer, self._a, self._b)
-        return buffer
-
-    def _reserve(self, numel: int) -> int:
-        start = self._end
-        align = ALIGNMENT // self._dtype.itemsize
-        self._end += -(-numel // align) * align
-        return start
 
 
 def _float32_bits(vector: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

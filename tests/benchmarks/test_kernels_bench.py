@@ -10,7 +10,7 @@ import torch
 from kernels_attention import Attention, Heads, call_costs
 from kernels_bars import Bar, as_json
 from kernels_edits import Case, Edits
-from kernels_timing import DTYPE, Ring, medians
+from kernels_timing import Ring, medians
 from kernels_training import Training
 
 from manylora.kernels import cpu
@@ -47,12 +47,6 @@ def test_the_ways_that_are_compared_compute_the_same(case: Case) -> None:
     edits.einsum(2)
     by_einsum = edits.y.clone()
     edits.y.zero_()
-    factors = tuple(factor.clone() for factor in edits.factors(2))
-    for column, (pack, slots) in enumerate(zip((cpu.pack_a, cpu.pack_b), factors, strict=True)):
-        for slot, factor in enumerate(slots):
-            packed = pack(factor, DTYPE)
-            at = int(edits.table.offsets[slot, 2, column])
-            edits.pool[at : at + len(packed)] = packed
     edits.ours(2)
     assert by_bmm.abs().max() > 0
     torch.testing.assert_close(edits.y, by_bmm, rtol=0.03, atol=3e-5)

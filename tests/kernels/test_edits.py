@@ -105,12 +105,9 @@ class Arena:
                 scale[module] = edit.scale
                 if edit.a is not None and edit.b is not None:
                     rank[module] = len(edit.a)
-                    packed = backend.pack_b(edit.b, case.dtype)
-                    size, ranks = edit.b.shape
-                    assert packed.shape == (backend.packed_b_numel(size, ranks, case.dtype),)
                     offsets[module, :2] = (
                         self._put(backend.pack_a(edit.a, case.dtype)),
-                        self._put(packed),
+                        self._put(backend.pack_b(edit.b, case.dtype)),
                     )
                 vectors = (edit.in_scale, edit.out_scale, edit.bias)
                 for column, vector in enumerate(vectors, start=2):
@@ -387,15 +384,20 @@ def test_many_in_one_buffer(backend: Backend, dtype: torch.dtype) -> None:
         (torch.randn(rank, 33).to(source), torch.randn(70, rank).to(source))
         for rank, source in ((5, torch.float32), (16, torch.bfloat16), (1, torch.float16))
     ]
-    gap, end = 3, 0
-    starts: tuple[list[tuple[int, torch.Tensor]], ...] = ([], [])
-    pieces = []
-    for pair in factors:
-        packed = backend.pack_a(pair[0], dtype), backend.pack_b(pair[1], dtype)
-        for column, (factor, piece) in enumerate(zip(pair, packed, strict=True)):
-            starts[column].append((end + gap, factor))
-            pieces += [torch.full((gap,), 7.0, dtype=dtype), piece]
-            end += gap + len(piece)
-    buffer = torch.full((end,), 7.0, dtype=dtype)
-    backend.pack_factors_(buffer, *starts)
-    assert torch.equal(bits(buffer), bits(torch.cat(pieces)))
+    buffer, starts = backend.pack_factors(factors, dtype, 100)
+    assert starts.shape == (3, 2) and starts.min() >= 100
+    assert (starts % (64 // dtype.itemsize) == 0).all()
+    ends = [0]
+    for begins, (a, b) in zip(starts, factors, strict=True):
+        for begin, packed in zip(
+            begins, (backend.pack_a(a, dtype), backend.pack_b(b, dtype)), strict=True
+        ):
+            assert begin >= ends[-1]
+            ends.append(begin + len(packed))
+            assert torch.equal(bits(buffer[begin : ends[-1]]), bits(packed))
+    assert len(buffer) >= ends[-1]
+
+
+def test_no_factors_leave_only_what_comes_before(backend: Backend, dtype: torch.dtype) -> None:
+    buffer, starts = backend.pack_factors([], dtype, 100)
+    assert starts.shape == (0, 2) and len(buffer) >= 100

@@ -19,7 +19,7 @@ from kernel_cases import DTYPES
 
 from manylora.kernels import AttentionBatch, EditTable, SliceGroup, cpu, make_batch, make_plan
 from manylora.kernels import make_stack as new_stack
-from manylora.kernels.cpu import attention, edits, library, pack, small, training
+from manylora.kernels.cpu import attention, edits, library, small, training
 from manylora.kernels.stack import RankStack
 
 SOURCES = Path(__file__).resolve().parents[2] / "kernels/cpu"
@@ -102,11 +102,7 @@ class Shared:
 
 Call = tuple[str, Callable[..., None], list[Any]]
 KERNELS = (
-    *(
-        (edits, "_apply", "apply_edits"),
-        (edits, "_scale_rows", "scale_rows"),
-        (pack, "_pack", "pack"),
-    ),
+    *((edits, "_apply", "apply_edits"), (edits, "_scale_rows", "scale_rows")),
     *((attention, "_attend", "paged_attention"), (attention, "_write", "write_kv")),
     *((small, "_rms_norm", "rms_norm"), (small, "_layer_norm", "layer_norm")),
     *((small, "_act_mul", "act_mul"), (small, "_rotary", "rotary_write_kv")),
@@ -164,36 +160,29 @@ class Inputs:
     def edit(self) -> None:
         """Ranks mixed, an adapter with everything, one that scales its input, a base row."""
         sizes, in_size, ranks = (70, 33), 45, (5, 16, 0)
-        table, end = EditTable(3, 2), 0
-        vectors: list[tuple[int, torch.Tensor]] = []
-        factors: tuple[list[tuple[int, torch.Tensor]], ...] = ([], [])
+        table, parts, end = EditTable(3, 2), [], 0
         for slot, rank in enumerate(ranks):
             offsets = np.full((2, 5), -1, np.int64)
             for module, size in enumerate(sizes):
+                tensors: dict[int, torch.Tensor] = {}
                 if rank:
-                    numels = (
-                        cpu.packed_a_numel(rank, in_size, self.dtype),
-                        cpu.packed_b_numel(size, rank, self.dtype),
-                    )
-                    shapes = ((rank, in_size), (size, rank))
-                    for column, (numel, shape) in enumerate(zip(numels, shapes, strict=True)):
-                        factors[column].append((end, self.normal(*shape)))
-                        offsets[module, column] = end
-                        end += numel + -numel % 32
-                columns = {1: {3: size, 4: size}, 2: {2: in_size} if module == 0 else {}}
-                for column, length in columns.get(slot, {}).items():
-                    vector = torch.randn(length, generator=self._random).view(self.dtype)
-                    vectors.append((end, vector))
+                    b = torch.randn(size, rank, generator=self._random).to(self.dtype)
+                    a = torch.randn(rank, in_size, generator=self._random).to(self.dtype)
+                    tensors = {0: cpu.pack_a(a, self.dtype), 1: cpu.pack_b(b, self.dtype)}
+                if slot == 1:
+                    vector = torch.randn(size, generator=self._random).view(self.dtype)
+                    tensors |= {3: vector, 4: vector}
+                if slot == 2 and module == 0:
+                    tensors[2] = torch.randn(in_size, generator=self._random).view(self.dtype)
+                for column, tensor in tensors.items():
                     offsets[module, column] = end
-                    end += len(vector) + -len(vector) % 32
+                    parts.append(torch.nn.functional.pad(tensor, (0, -len(tensor) % 32)))
+                    end += len(parts[-1])
             table.write(slot, np.full(2, rank, np.int32), np.full(2, 0.5, np.float32), offsets)
         for name in ("rank", "scale", "offsets"):
             setattr(table, name, self.shared.put(getattr(table, name)))
         table._lie_on(table.rank, table.scale, table.offsets)
-        pool = self.shared.put(torch.zeros(end, dtype=self.dtype))
-        for start, vector in vectors:
-            pool[start : start + len(vector)] = vector
-        cpu.pack_factors_(pool, *factors)
+        pool = self.shared.put(torch.cat(parts))
         row_slots = np.array([1, 0, -1, 1, 2, *([1] * 9)], np.int32)
         plan = make_plan(row_slots)
         x, y = self.normal(len(row_slots), in_size), self.normal(len(row_slots), sum(sizes))

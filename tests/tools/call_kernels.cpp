@@ -8,9 +8,8 @@
 #include <sys/mman.h>
 
 #define KERNELS(each) \
-  each(apply_edits) each(scale_rows) each(pack) each(paged_attention) each(write_kv) \
-  each(rotary_write_kv) each(rms_norm) each(layer_norm) each(act_mul) each(add_low_rank) \
-  each(low_rank_backward)
+  each(apply_edits) each(scale_rows) each(paged_attention) each(write_kv) each(rotary_write_kv) \
+  each(rms_norm) each(layer_norm) each(act_mul) each(add_low_rank) each(low_rank_backward)
 
 #define DECLARE(name) extern "C" void manylora_##name();
 KERNELS(DECLARE)
