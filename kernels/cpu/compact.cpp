@@ -8,43 +8,50 @@ namespace manylora {
 namespace MANYLORA_ISA {
 namespace {
 
-constexpr int kCodes = 15;             // but for 0
+constexpr int kCodes = 15;               // but for 0
 constexpr int64_t kMostExceptions = 64;  // one of so many elements; where there are more, none is coded
 
-inline int exponent_of(uint16_t bits) { return bits >> 7 & 0xff; }
+uint16_t exponent_of(uint16_t bits) { return bits >> 7 & 0xff; }
 
-// The 15 exponents that most elements have, by the lowest. *covered: how many have them, or 0.
-int lowest_exponent(const uint16_t* from, int64_t count, int64_t* covered) {
-  int64_t even[256] = {}, odd[256] = {};
-  int64_t i = 0;
-  for (; i + 1 < count; i += 2) {
-    ++even[exponent_of(from[i])];
-    ++odd[exponent_of(from[i + 1])];
-  }
-  if (i < count) ++even[exponent_of(from[i])];
+// The 15 exponents that most elements have, by the lowest.
+int most_frequent(const uint16_t* from, int64_t count) {
+  int64_t having[256] = {};
+  for (int64_t i = 0; i < count; ++i) ++having[exponent_of(from[i])];
   int64_t within = 0, most = -1;
   int best = 1;
   for (int last = 1; last < 256; ++last) {
-    within += even[last] + odd[last];
-    if (last > kCodes) within -= even[last - kCodes] + odd[last - kCodes];
+    within += having[last];
+    if (last > kCodes) within -= having[last - kCodes];
     if (last >= kCodes && within > most) {
       most = within;
       best = last - kCodes + 1;
     }
   }
-  *covered = most + even[0] + odd[0];
   return best;
+}
+
+// The 15 highest exponents, by the lowest: usually the most frequent ones, and quickly found.
+int highest(const uint16_t* from, int64_t count) {
+  uint16_t most = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const uint16_t exponent = exponent_of(from[i]);
+    most = exponent > most ? exponent : most;
+  }
+  return most > kCodes ? most - kCodes + 1 : 1;
 }
 
 // Codes 128 elements. Returns whether all have one; those that have none get any.
 bool code_unit(const uint16_t* from, int lowest, CompactUnit* unit) {
+  const uint16_t below = static_cast<uint16_t>(lowest - 1);
   uint16_t codes[CompactUnit::kElements], bytes[CompactUnit::kElements];
-  int misses = 0;
+  uint16_t misses = 0;
   for (int64_t i = 0; i < CompactUnit::kElements; ++i) {
-    const int exponent = exponent_of(from[i]), code = exponent == 0 ? 0 : exponent - lowest + 1;
-    misses |= (code & ~kCodes) | (exponent != 0 && code == 0);
-    codes[i] = static_cast<uint16_t>(code & kCodes);
-    bytes[i] = static_cast<uint16_t>((from[i] >> 8 & 0x80) | (from[i] & 0x7f));
+    const uint16_t exponent = exponent_of(from[i]);
+    const uint16_t code = exponent == 0 ? 0 : exponent - below;
+    misses |= code & ~kCodes;
+    misses |= exponent == below ? exponent : 0;
+    codes[i] = code & kCodes;
+    bytes[i] = (from[i] >> 8 & 0x80) | (from[i] & 0x7f);
   }
   for (int64_t i = 0; i < 32; ++i) {
     unit->sign_fraction[0][i] = static_cast<uint16_t>(bytes[i] | bytes[32 + i] << 8);
@@ -55,20 +62,13 @@ bool code_unit(const uint16_t* from, int lowest, CompactUnit* unit) {
   return misses == 0;
 }
 
-}  // namespace
-
-int64_t compact(void* to, const void* from, int64_t count) {
+// Codes all elements; returns how many exceptions there are, or -1 if they are too many.
+int32_t code_all(const uint16_t* elements, int64_t count, int lowest, Compact* tensor) {
   constexpr int64_t kUnit = CompactUnit::kElements;
-  const uint16_t* const elements = static_cast<const uint16_t*>(from);
-  Compact* const tensor = static_cast<Compact*>(to);
-  int64_t covered = 0;
-  *tensor = {count, lowest_exponent(elements, count, &covered), -1, {}};
-  if ((count - covered) * kMostExceptions > count) {
-    memcpy(tensor + 1, from, static_cast<size_t>(count) * sizeof(uint16_t));
-    return static_cast<int64_t>(sizeof(Compact) + static_cast<size_t>(count) * sizeof(uint16_t));
-  }
+  *tensor = {count, lowest, 0, {}};
   CompactUnit* const units = const_cast<CompactUnit*>(units_of(tensor));
   CompactException* const listed = const_cast<CompactException*>(exceptions_of(tensor));
+  const int64_t most = count / kMostExceptions;
   int32_t exceptions = 0;
   for (int64_t begin = 0; begin < count; begin += kUnit) {
     const int64_t left = count - begin < kUnit ? count - begin : kUnit;
@@ -78,16 +78,31 @@ int64_t compact(void* to, const void* from, int64_t count) {
       memcpy(last, part, static_cast<size_t>(left) * sizeof(uint16_t));
       part = last;
     }
-    if (code_unit(part, tensor->lowest, units + begin / kUnit)) continue;
+    if (code_unit(part, lowest, units + begin / kUnit)) continue;
     for (int64_t i = 0; i < left; ++i) {
       const int exponent = exponent_of(part[i]);
-      if (exponent == 0) continue;
-      if (exponent >= tensor->lowest && exponent < tensor->lowest + kCodes) continue;
+      if (exponent == 0 || (exponent >= lowest && exponent < lowest + kCodes)) continue;
+      if (exceptions == most) return -1;
       listed[exceptions++] = {static_cast<uint32_t>(begin + i), part[i], 0};
     }
   }
+  return exceptions;
+}
+
+}  // namespace
+
+int64_t compact(void* to, const void* from, int64_t count) {
+  const uint16_t* const elements = static_cast<const uint16_t*>(from);
+  Compact* const tensor = static_cast<Compact*>(to);
+  int32_t exceptions = code_all(elements, count, highest(elements, count), tensor);
+  if (exceptions < 0) exceptions = code_all(elements, count, most_frequent(elements, count), tensor);
   tensor->exceptions = exceptions;
-  return reinterpret_cast<char*>(listed + exceptions) - static_cast<char*>(to);
+  if (exceptions >= 0) {
+    return reinterpret_cast<const char*>(exceptions_of(tensor) + exceptions) -
+           static_cast<const char*>(to);
+  }
+  memcpy(tensor + 1, from, static_cast<size_t>(count) * sizeof(uint16_t));
+  return static_cast<int64_t>(sizeof(Compact) + static_cast<size_t>(count) * sizeof(uint16_t));
 }
 
 }  // namespace MANYLORA_ISA
