@@ -146,8 +146,8 @@ def _tensor(name: str, entry: object, data: int, limits: Limits) -> TensorInfo:
         raise InvalidArgument(
             "dtype is not served", field=field, found=ascii(dtype), wanted=" or ".join(DTYPES)
         )
-    shape = _whole_numbers(entry["shape"], f"{field} (shape)")
-    offsets = _whole_numbers(entry["data_offsets"], f"{field} (data_offsets)")
+    shape = _whole_numbers(entry, "shape", field)
+    offsets = _whole_numbers(entry, "data_offsets", field)
     if len(offsets) != 2:
         raise InvalidArgument(
             "not two offsets", field=f"{field} (data_offsets)", found=len(offsets)
@@ -163,19 +163,20 @@ def _tensor(name: str, entry: object, data: int, limits: Limits) -> TensorInfo:
     return TensorInfo(DTYPES[dtype], shape, data + offsets[0], data + offsets[1])
 
 
-def _whole_numbers(value: object, field: str) -> tuple[int, ...]:
-    if (
-        not isinstance(value, list)
-        or len(value) > _MAX_DIMENSIONS
-        or any(type(item) is not int or not 0 <= item < 1 << 48 for item in value)
-    ):
-        raise InvalidArgument(
-            "not a list of whole numbers",
-            field=field,
-            found=value if len(repr(value)) < 200 else "a long value",
-            wanted=f"at most {_MAX_DIMENSIONS} numbers, each at least 0",
-        )
-    return tuple(value)
+def _whole_numbers(entry: Mapping[str, object], key: str, field: str) -> tuple[int, ...]:
+    value = entry[key]
+    if isinstance(value, list) and len(value) <= _MAX_DIMENSIONS:
+        for item in value:
+            if type(item) is not int or not 0 <= item < 1 << 48:
+                break
+        else:
+            return tuple(value)
+    raise InvalidArgument(
+        "not a list of whole numbers",
+        field=f"{field} ({key})",
+        found=value if len(repr(value)) < 200 else "a long value",
+        wanted=f"at most {_MAX_DIMENSIONS} numbers, each at least 0",
+    )
 
 
 def _check_layout(

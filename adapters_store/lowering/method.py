@@ -73,6 +73,8 @@ class Family:
     def check(self, checkpoint: Checkpoint, limits: Limits) -> int:
         """Checks all that can be checked without a base; returns the largest rank."""
         method, _, parts = self._read(checkpoint, limits.max_rank)
+        for module, tensors in parts.modules.items():
+            _check_parts(checkpoint, method, module, tensors, Sizes())
         tensors_of = parts.modules or {"any module": {}}
         ranks = {
             module: method.rank(module, _shapes(checkpoint, tensors))
@@ -126,7 +128,6 @@ class Family:
                     field=f"{WEIGHTS_FILE}: {next(iter(tensors.values()))}",
                     wanted=f"a tensor of a module in {CONFIG_FILE}: target_modules",
                 )
-            _check_parts(checkpoint, method, module, tensors, Sizes())
         return method, saved, parts
 
     def _check_fit(

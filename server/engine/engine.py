@@ -17,7 +17,7 @@ import torch
 
 from manylora import kernels
 from manylora.adapters_store.edits import LoweredAdapter
-from manylora.adapters_store.format import read_checkpoint
+from manylora.adapters_store.format import open_checkpoint
 from manylora.adapters_store.head import Head
 from manylora.adapters_store.lowering.compose import Part, compose
 from manylora.errors import DeadlineExceeded, FailedPrecondition, ManyloraError, Unavailable
@@ -149,7 +149,7 @@ class Engine:
         Raises InvalidArgument or FailedPrecondition if it is broken, not served or does not fit
         the base.
         """
-        return self._pack(self.model.lower(read_checkpoint(path)))
+        return self._pack(self.model.lower(open_checkpoint(path)))
 
     # -- the thread ----------------------------------------------------------------------------
 
@@ -353,7 +353,7 @@ class Engine:
         """On loader threads."""
         if not key.parts:
             return self.lower_and_pack(self._fetch(key.digest))
-        lowered = [self.model.lower(read_checkpoint(self._fetch(p.digest))) for p in key.parts]
+        lowered = [self.model.lower(open_checkpoint(self._fetch(p.digest))) for p in key.parts]
         named = zip(key.parts, lowered, strict=True)
         return self._pack(compose([Part(p.label, p.weight, own) for p, own in named]))
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from manylora.adapters_store.format import read_checkpoint
+from manylora.adapters_store.format import open_checkpoint, read_checkpoint
 from manylora.adapters_store.limits import Limits
 from manylora.errors import DataLoss, InvalidArgument
 
@@ -69,6 +69,11 @@ def test_weights_must_be_finite(
     write_checkpoint(tmp_path, tensors={"sound": torch.ones(3), "broken": weights})
     with pytest.raises(InvalidArgument, match="not finite") as caught:
         read_checkpoint(tmp_path)
+    assert caught.value.field == f"{WEIGHTS}: broken"
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.load(["sound"])["sound"].tolist() == [1.0, 1.0, 1.0]
+    with pytest.raises(InvalidArgument, match="not finite") as caught:
+        checkpoint.load(["broken"])
     assert caught.value.field == f"{WEIGHTS}: broken"
 
 
