@@ -50,12 +50,13 @@ MANYLORA_INLINE void unpack_unit(bf16* to, const CompactUnit& unit, __m512i tabl
 
 // Exponents by their codes, in place. Twice: a word of two codes finds its lower one.
 MANYLORA_INLINE __m512i exponents_by_code(int32_t lowest) {
-  alignas(64) uint16_t words[32];
-  for (int i = 0; i < 32; ++i) {
-    const int code = i % 16;
-    words[i] = static_cast<uint16_t>(code == 0 ? 0 : (lowest + code - 1) << 7);
-  }
-  return _mm512_load_si512(words);
+  alignas(64) static constexpr uint16_t kCodes[32] = {
+      0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15,
+      0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const __m512i codes = _mm512_load_si512(kCodes);
+  const __m512i below = _mm512_set1_epi16(static_cast<short>(lowest - 1));
+  const __mmask32 coded = _mm512_test_epi16_mask(codes, codes);
+  return _mm512_slli_epi16(_mm512_maskz_add_epi16(coded, codes, below), 7);
 }
 
 // Those of elements [begin, end), whose first goes to `to`.
