@@ -104,14 +104,34 @@ MANYLORA_INLINE void add_sum(bf16* y, const Job<bf16>& job, int64_t column, Vec 
   }
 }
 
+// What the stores might change, for all the compiler knows, is read before them.
 template <int Vecs, bool Plain>
 MANYLORA_INLINE void add_sums(const Tensors<bf16>& t, const Job<bf16>& job, const Sums& sums) {
-  for (int64_t row = sums.row; row < sums.row_end; ++row) {
-    bf16* const y = t.y + job.rows[row] * t.y_stride + job.start + sums.column;
-    for (int v = 0; v < Vecs; ++v) {
-      const Vec sum = load(sums.of[v][row - sums.first_row]);
-      add_sum<Plain>(y + v * kLanes, job, sums.column + v * kLanes, sum);
+  const Vec scale = splat(job.scale);
+  const int32_t* const rows = job.rows;
+  const int64_t stride = t.y_stride, first = sums.first_row, end = sums.row_end;
+  bf16* const column = t.y + job.start + sums.column;
+  for (int64_t row = sums.row; row < end; ++row) {
+    bf16* const y = column + rows[row] * stride;
+    Vec products[Vecs];
+    for (int v = 0; v < Vecs; ++v) products[v] = load(sums.of[v][row - first]);
+    if (Plain) {
+      for (int v = 0; v < Vecs; ++v) products[v] = fma(scale, products[v], load(y + v * kLanes));
+      for (int v = 0; v < Vecs; ++v) store(y + v * kLanes, products[v]);
+    } else {
+      for (int v = 0; v < Vecs; ++v) {
+        finish_part(y + v * kLanes, job, sums.column + v * kLanes, products[v]);
+      }
     }
+  }
+}
+
+// Brings near what the sums will be added to.
+MANYLORA_INLINE void fetch_rows(const Tensors<bf16>& t, const Job<bf16>& job, const Sums& sums) {
+  constexpr int64_t kLine = kTileBytes / sizeof(bf16);
+  for (int64_t row = sums.row; row < sums.row_end; ++row) {
+    const bf16* const y = t.y + job.rows[row] * t.y_stride + job.start + sums.column;
+    for (int64_t i = 0; i < kMostVecs * kLanes; i += kLine) __builtin_prefetch(y + i, 1);
   }
 }
 
@@ -128,6 +148,7 @@ void expand_few(const Tensors<bf16>& t, const Job<bf16>& job, int64_t lines, int
     for (; column + kStep <= end; column += kStep, ++done) {
       Sums& sums = both[done % 2];
       place(job, row, lines, column, sums);
+      fetch_rows(t, job, sums);
       multiply_few<kMostVecs>(job, sums);
       if (done > 0) add_sums<kMostVecs, Plain>(t, job, both[1 - done % 2]);
     }
