@@ -79,7 +79,7 @@ class Edits:
         self.case = case
         self.a = torch.randn(case.adapters, case.rank, case.in_size).to(DTYPE) / 32
         self.b = torch.randn(case.adapters, case.out_size, case.rank).to(DTYPE) / 32
-        packed, within = _side_by_side(self.a, self.b)
+        packed, within = cpu.pack_factors([*zip(self.a, self.b, strict=True)], DTYPE, before=0)
         self.modules = min(modules, ring.fits(len(packed)))
         self.pool = ring.values
         self.x = torch.randn(case.rows, case.in_size).to(DTYPE)
@@ -108,18 +108,6 @@ class Edits:
     def einsum(self, _: int) -> None:
         a, b = self.a[self.index], self.b[self.index]
         self.y += torch.einsum("bor,br->bo", b, torch.einsum("bri,bi->br", a, self.x))
-
-
-def _side_by_side(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, np.ndarray]:
-    """All adapters' packed A and B, each on a cache line, and where they begin: [adapters, 2]."""
-    parts: list[torch.Tensor] = []
-    starts: list[int] = []
-    for factors in zip(a, b, strict=True):
-        for pack, factor in zip((cpu.pack_a, cpu.pack_b), factors, strict=True):
-            packed = pack(factor, DTYPE)
-            starts.append(sum(map(len, parts)))
-            parts.append(F.pad(packed, (0, -len(packed) % 32)))
-    return torch.cat(parts), np.array(starts).reshape(-1, 2)
 
 
 class Base:

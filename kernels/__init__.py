@@ -1,6 +1,6 @@
 """Fused low-rank kernels and the few others a step needs: tensors in, tensors out, no server.
 
-`select` gives the backend for a device: a module with `pack_a`, `pack_b`, `apply_edits_`,
+`select` gives the backend for a device: a module with `pack_factors`, `apply_edits_`,
 `scale_inputs`, `write_kv` and `paged_attention`, which `manylora.kernels.reference` defines.
 """
 
