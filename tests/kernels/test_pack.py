@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import DTYPES, drawn
 
@@ -102,6 +102,22 @@ def test_packed_as_the_layouts_say(
     found = kernels.pack_a(a, dtype), kernels.pack_b(b, dtype)
     for got, want in zip(found, wanted, strict=True):
         assert torch.equal(bits(plain(got)), bits(want))
+
+
+@settings(deadline=None)
+@given(SIZES, SIZES, st.integers(0, 255), st.sampled_from((0.0, 0.01, 1.0)), st.integers(0, 2**31))
+def test_any_bits_survive(lines: int, columns: int, exponent: int, rare: float, seed: int) -> None:
+    """Also NaN, infinity, -0 and what is subnormal, whether coded, listed behind, or left alone."""
+    random = np.random.default_rng(seed)
+    shape = (lines, columns)
+    exponents = np.minimum(exponent + random.integers(0, 15, shape), 255)
+    anywhere = random.random(shape) < rare
+    exponents[anywhere] = random.integers(0, 256, shape)[anywhere]
+    patterns = random.integers(0, 2, shape) << 15 | exponents << 7 | random.integers(0, 128, shape)
+    factor = torch.from_numpy(patterns.astype(np.uint16).view(np.int16)).view(torch.bfloat16)
+    wanted = layouts(factor, factor, torch.bfloat16)
+    for pack, want in zip((cpu.pack_a, cpu.pack_b), wanted, strict=True):
+        assert torch.equal(bits(plain(pack(factor, torch.bfloat16))), bits(want))
 
 
 def test_a_factor_that_is_no_matrix_is_refused() -> None:
