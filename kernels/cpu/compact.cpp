@@ -8,8 +8,9 @@ namespace manylora {
 namespace MANYLORA_ISA {
 namespace {
 
-constexpr int kCodes = 15;               // but for 0
-constexpr int64_t kMostExceptions = 64;  // one of so many elements; where there are more, none is coded
+constexpr int kCodes = 15;  // but for 0
+// At most one of so many elements is an exception; where there are more, none is coded.
+constexpr int64_t kMostExceptions = 64;
 
 uint16_t exponent_of(uint16_t bits) { return bits >> 7 & 0xff; }
 

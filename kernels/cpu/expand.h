@@ -1,6 +1,6 @@
 // y = out_scale * y + scale * B h + bias for the rows of a job. Lanes are outputs.
 //
-// B is packed (kernels/cpu/edits.py) in blocks of 64 outputs, within a block by rank, so that a
+// B is packed (kernels/cpu/pack.py) in blocks of 64 outputs, within a block by rank, so that a
 // register tile of rows x 4 vectors reads it strictly in the order of memory.
 
 #pragma once

@@ -1,10 +1,10 @@
 // y = out_scale * y + scale * B h + bias for the rows of a bfloat16 job on AMX tiles, in place of
 // expand.h.
 //
-// Up to 16 rows of h are tile a, and 16 columns of packed B tile b, both as they lie in memory. With
-// up to 32 ranks h stays in its tile while 96 columns at a time pass by: six products hide what one
-// takes. While their sums are added into y, the next ones are made. More ranks go through 64 columns
-// at a time in steps of 32, and the last step's tiles have a shape of their own.
+// Up to 16 rows of h are tile a, and 16 columns of B tile b, as they lie once unpacked. With up to
+// 32 ranks h stays in its tile while 96 columns at a time pass by: six products hide what one takes.
+// While their sums are added into y, the next ones are made. More ranks go through 64 columns at a
+// time in steps of 32, and the last step's tiles have a shape of their own.
 
 #pragma once
 
@@ -256,9 +256,9 @@ void expand_span(const Tensors<bf16>& t, const Job<bf16>& job, int64_t begin, in
 // A span at a time, so that its B stays near.
 void expand(const Tensors<bf16>& t, const Job<bf16>& job, int64_t begin, int64_t end) {
   if (job.rank == 0) return expand<bf16>(t, job, begin, end);
-  const int64_t kSpan = job.row_count == 1 ? 1024 : 384;
-  for (; begin < end; begin += kSpan) {
-    const int64_t stop = least(begin + kSpan, end);
+  const int64_t span = job.row_count == 1 ? 1024 : 384;
+  for (; begin < end; begin += span) {
+    const int64_t stop = least(begin + span, end);
     const int64_t padded = (stop + kUnit - 1) / kUnit * kUnit;
     Job<bf16> part = job;
     part.b = unpack(job, job.b, begin * job.padded_rank, padded * job.padded_rank);

@@ -60,7 +60,7 @@ def isas() -> tuple[str, ...]:
 
 def set_isa(name: str) -> None:
     """Uses one ISA from now on, in the whole process. Not while a kernel runs, nor with
-    an A that `pack_a` packed before.
+    factors that were packed before.
 
     Raises:
         ValueError: this library or machine has no such ISA.

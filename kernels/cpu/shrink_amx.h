@@ -1,9 +1,9 @@
 // h = A x for the rows of a bfloat16 job with AMX's sums, in place of shrink.h.
 //
-// A is packed (kernels/cpu/edits.py) in blocks of 16 ranks, a block as [in / 2][ranks][2]: 32 inputs
-// of a block are tile b, as they lie in memory, 16 rows of x tile a, and up to four blocks meet a
-// tile of x. One row takes vectors, which read A in the order of memory, and AMX's order of sums: a
-// row's bits may not depend on how many rows its adapter has.
+// A is packed (kernels/cpu/pack.py) in blocks of 16 ranks, a block as [in / 2][ranks][2]: 32 inputs of
+// a block are tile b, as they lie once unpacked (unpack_amx.h), 16 rows of x tile a, and up to four
+// blocks meet a tile of x. One row takes vectors, which read A in the order of memory, and AMX's order
+// of sums: a row's bits may not depend on how many rows its adapter has.
 
 #pragma once
 

@@ -78,17 +78,17 @@ inline void put_exceptions(const Compact* tensor, int64_t begin, int64_t end, bf
 inline const bf16* unpack(const Job<bf16>& job, const bf16* stored, int64_t begin, int64_t end) {
   const Compact* const tensor = reinterpret_cast<const Compact*>(stored);
   if (tensor->exceptions < 0) return reinterpret_cast<const bf16*>(tensor + 1) + begin;
-  constexpr int64_t kUnit = CompactUnit::kElements;
-  const int64_t first = begin / kUnit, last = (end + kUnit - 1) / kUnit;
-  bf16* const to = scratch<bf16>((last - first) * kUnit);
+  constexpr int64_t kElements = CompactUnit::kElements;
+  const int64_t first = begin / kElements, last = compact_units(end);
+  bf16* const to = scratch<bf16>((last - first) * kElements);
   const CompactUnit* const units = units_of(tensor);
   const __m512i exponents = exponents_by_code(tensor->lowest);
   for (int64_t i = first; i < last; ++i) {
     fetch_ahead(job, reinterpret_cast<const bf16*>(units + i), kTileBytes);
-    unpack_unit(to + (i - first) * kUnit, units[i], exponents);
+    unpack_unit(to + (i - first) * kElements, units[i], exponents);
   }
-  put_exceptions(tensor, first * kUnit, last * kUnit, to);
-  return to + (begin - first * kUnit);
+  put_exceptions(tensor, first * kElements, last * kElements, to);
+  return to + (begin - first * kElements);
 }
 
 }  // namespace

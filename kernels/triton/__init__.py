@@ -9,12 +9,7 @@ from __future__ import annotations
 
 from manylora.kernels.triton.activation import gelu_mul, silu_mul
 from manylora.kernels.triton.attention import paged_attention
-from manylora.kernels.triton.edits import (
-    apply_edits_,
-    pack_a,
-    pack_b,
-    pack_factors,
-)
+from manylora.kernels.triton.edits import apply_edits_, pack_a, pack_b, pack_factors
 from manylora.kernels.triton.norm import layer_norm, rms_norm
 from manylora.kernels.triton.product import linear_with_edits
 from manylora.kernels.triton.scale_inputs import scale_inputs
