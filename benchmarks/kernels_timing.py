@@ -44,6 +44,13 @@ class Ring:
         self._next += -(-numel // 32) * 32
         return start
 
+    def walk(self, numel: int, most: int) -> list[int]:
+        """Where each of as many pieces as fit, at most so many, begins; none lies in another."""
+        count = min(most, self.fits(numel))
+        if self._next + count * (-(-numel // 32) * 32) > len(self.values):
+            self._next = 0
+        return [self.take(numel) for _ in range(count)]
+
     def fits(self, numel: int) -> int:
         """How many pieces of so many elements one walk hands out."""
         return len(self.values) // (-(-numel // 32) * 32)
