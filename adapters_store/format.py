@@ -24,7 +24,6 @@ from manylora.adapters_store.strict_json import loads_object
 from manylora.errors import DataLoss, InvalidArgument
 
 _CHUNK_BYTES = 1 << 18  # it, and what is made of it, stay in a core's cache
-_ALIGNMENT = 64  # bytes
 _Run: TypeAlias = Sequence[tuple[str, TensorInfo]]
 _BITS: Mapping[torch.dtype, tuple[int, int]] = {  # each dtype's bytes, and its infinity as integer
     torch.bfloat16: (2, 0x7F80),
@@ -101,11 +100,9 @@ def _read_tensors(file: FileIO, tensors: Mapping[str, TensorInfo]) -> dict[str, 
     """Views of one piece of memory, which goes back to the system with the last of them."""
     runs = list(_runs(tensors))
     sizes = [run[-1][1].end - run[0][1].begin for run in runs]
-    room = sum(size + -size % _ALIGNMENT for size in sizes)
-    memory = kernels.empty([room], torch.uint8, torch.device("cpu"))
+    buffers = kernels.side_by_side([[size] for size in sizes], torch.uint8, torch.device("cpu"))
     found: dict[str, torch.Tensor] = {}
-    for run, size in zip(runs, sizes, strict=True):
-        data, memory = memory[:size], memory[size + -size % _ALIGNMENT :]
+    for run, data in zip(runs, buffers, strict=True):
         for begin, end in _chunks(run):
             first = run[0][1].begin
             _read_chunk(file, data[begin - first : end - first].numpy(), run, begin)

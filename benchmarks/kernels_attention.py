@@ -57,9 +57,8 @@ class Attention:
         self.batch = kernels.make_batch(counts, contexts, order.reshape(sequences, blocks), BLOCK)
         size = (len(order), of.kv_heads, BLOCK, of.head_dim)
         numel = int(np.prod(size))
-        layers = min(layers, ring.fits(2 * numel))
         ring.fill()
-        starts = [ring.take(2 * numel) for _ in range(layers)]
+        starts = ring.walk(2 * numel, layers)
         self.caches = [ring.values[at : at + 2 * numel].view(2, *size) for at in starts]
         self.q = torch.randn(sequences * rows, of.heads, of.head_dim).to(DTYPE)
         self.scale = of.head_dim**-0.5

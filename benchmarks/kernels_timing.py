@@ -41,25 +41,29 @@ class Ring:
         if self._next + numel > len(self.values):
             self._next = 0
         start = self._next
-        self._next += -(-numel // 32) * 32
+        self._next += _whole_lines(numel)
         return start
 
     def walk(self, numel: int, most: int) -> list[int]:
         """Where each of as many pieces as fit, at most so many, begins; none lies in another."""
         count = min(most, self.fits(numel))
-        if self._next + count * (-(-numel // 32) * 32) > len(self.values):
+        if self._next + count * _whole_lines(numel) > len(self.values):
             self._next = 0
         return [self.take(numel) for _ in range(count)]
 
     def fits(self, numel: int) -> int:
         """How many pieces of so many elements one walk hands out."""
-        return len(self.values) // (-(-numel // 32) * 32)
+        return len(self.values) // _whole_lines(numel)
 
     def reader(self) -> Call:
         """Reads READ_BYTES a call, as fast as torch's threads can."""
         numel = READ_BYTES // DTYPE.itemsize
         blocks = [part.view(torch.float32) for part in self.values.split(numel)]
         return lambda turn: blocks[turn % len(blocks)].sum()
+
+
+def _whole_lines(numel: int) -> int:
+    return -(-numel // 32) * 32
 
 
 def settle(read: Call, patience: float = 10.0) -> None:

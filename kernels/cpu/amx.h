@@ -18,10 +18,6 @@ constexpr int64_t kTileBytes = 64;  // of a whole row
 constexpr int64_t kTileLines = 16;  // rows of a whole tile
 constexpr int64_t kTileDepth = 32;  // bfloat16 of a whole row
 
-__attribute__((always_inline)) static inline int64_t least(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
-
 struct alignas(64) TileShapes {
   uint8_t palette = 1, start = 0, unused[14] = {};
   uint16_t bytes[16] = {};

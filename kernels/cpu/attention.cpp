@@ -132,7 +132,7 @@ static void attend(const Call& call, const Sizes& sizes, const Task& task, const
   if (sizes.amx) configure(unit.head_lines);
 #endif
   for (int64_t i = task.first_split; i < task.first_split + task.splits; ++i) {
-    const int64_t lo = larger(unit.lo, i * kSplit), hi = smaller(unit.hi, (i + 1) * kSplit);
+    const int64_t lo = larger(unit.lo, i * kSplit), hi = least(unit.hi, (i + 1) * kSplit);
     const Part part = whole ? s.part : partial(i);
     attend_split<T>(call, sizes, task, next, lo, hi, s, part);
     if (whole) merge(part, s.total, lines, sizes.width, s.keep, s.top);
@@ -166,7 +166,7 @@ static void run(const Call& call) {
   const Work work = make_work(call, sizes);
   const int64_t workers = threads();
   parallel_tasks(work.task_count, workers, [&](int64_t i) {
-    const int64_t next = smaller(i + workers, work.task_count - 1);
+    const int64_t next = least(i + workers, work.task_count - 1);
     attend<T>(call, sizes, work.tasks[i], work.tasks[next]);
   });
   release(work);

@@ -23,7 +23,7 @@ static int64_t find(const Call& call, int64_t sequence, int64_t head, int64_t lo
                     Places* places) {
   const AttentionLayer& layer = *call.layer;
   const int64_t tile = lo / kTile * kTile;
-  hi = smaller(hi, tile + kTile);
+  hi = least(hi, tile + kTile);
   const int32_t* const table = call.batch->block_table + sequence * call.batch->table_stride;
   places->first = (lo - tile) / kGroup;
   places->end = ceil_div(hi - tile, kGroup);

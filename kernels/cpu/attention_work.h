@@ -20,9 +20,6 @@ constexpr int64_t kTasksPerThread = 8;
 // What is kept of each line alone is padded to so many.
 constexpr int64_t kLineStep = 16;
 
-MANYLORA_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-MANYLORA_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-MANYLORA_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 MANYLORA_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // In whole cache lines.
@@ -86,12 +83,12 @@ struct Span {
 };
 MANYLORA_INLINE Span seen(const AttentionLayer& layer, int64_t position, int64_t lo, int64_t hi) {
   const int64_t begin = layer.window > 0 ? position - layer.window + 1 : 0;
-  return {larger(lo, begin), smaller(hi, position + 1)};
+  return {larger(lo, begin), least(hi, position + 1)};
 }
 
 MANYLORA_INLINE Span keys_of(const Task& task) {
   const int64_t begin = task.first_split * kSplit, end = begin + task.splits * kSplit;
-  return {larger(task.unit->lo, begin), smaller(task.unit->hi, end)};
+  return {larger(task.unit->lo, begin), least(task.unit->hi, end)};
 }
 
 struct Work {
@@ -108,7 +105,7 @@ static Unit unit_of(const Call& call, const Sizes& sizes, int64_t sequence, int6
   Unit unit = {};
   unit.sequence = sequence;
   unit.row = row;
-  unit.rows = smaller(sizes.unit_rows, end - row);
+  unit.rows = least(sizes.unit_rows, end - row);
   unit.position = call.batch->context[sequence] - (end - row);
   unit.lo = seen(*call.layer, unit.position, 0, 1).lo;
   unit.hi = unit.position + unit.rows;
@@ -146,17 +143,17 @@ static Work make_work(const Call& call, const Sizes& sizes) {
   int64_t shared = 0;
   visit_units(call, sizes, [&](Unit unit) {
     const int64_t fitting = larger(1, kUnitLines / unit.head_lines);
-    const int64_t step = smaller(smaller(fitting, fair), kv_heads);
+    const int64_t step = least(least(fitting, fair), kv_heads);
     const int64_t task_splits = larger(1, fair / step);
     for (unit.head = 0; unit.head < kv_heads; unit.head += step) {
-      unit.heads = smaller(step, kv_heads - unit.head);
+      unit.heads = least(step, kv_heads - unit.head);
       unit.tasks = unit.remaining = ceil_div(unit.splits, task_splits);
       if (unit.tasks > 1) shared += unit.splits * part_floats(unit.lines(), sizes.width);
       Unit* const kept = work.units + work.unit_count++;
       *kept = unit;
       for (int64_t done = 0; done < unit.splits; done += task_splits) {
         work.tasks[work.task_count++] = {kept, unit.first_split + done,
-                                         smaller(task_splits, unit.splits - done)};
+                                         least(task_splits, unit.splits - done)};
       }
     }
   });

@@ -72,7 +72,7 @@ int32_t code_all(const uint16_t* elements, int64_t count, int lowest, Compact* t
   const int64_t most = count / kMostExceptions;
   int32_t exceptions = 0;
   for (int64_t begin = 0; begin < count; begin += kUnit) {
-    const int64_t left = count - begin < kUnit ? count - begin : kUnit;
+    const int64_t left = least(kUnit, count - begin);
     uint16_t last[kUnit] = {};
     const uint16_t* part = elements + begin;
     if (left < kUnit) {

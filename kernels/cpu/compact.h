@@ -9,7 +9,7 @@
 
 #include <stdint.h>
 
-#include "types.h"
+#include "simd.h"
 
 namespace manylora {
 
@@ -35,17 +35,17 @@ struct CompactException {
   uint16_t bits, unused;
 };
 
-inline int64_t compact_units(int64_t count) {
-  return (count + CompactUnit::kElements - 1) / CompactUnit::kElements;
+namespace MANYLORA_ISA {
+
+MANYLORA_INLINE int64_t compact_units(int64_t count) {
+  return ceil_div(count, CompactUnit::kElements);
 }
-inline const CompactUnit* units_of(const Compact* tensor) {
+MANYLORA_INLINE const CompactUnit* units_of(const Compact* tensor) {
   return reinterpret_cast<const CompactUnit*>(tensor + 1);
 }
-inline const CompactException* exceptions_of(const Compact* tensor) {
+MANYLORA_INLINE const CompactException* exceptions_of(const Compact* tensor) {
   return reinterpret_cast<const CompactException*>(units_of(tensor) + compact_units(tensor->count));
 }
-
-namespace MANYLORA_ISA {
 
 // Writes bfloat16 elements to `to`; returns how many bytes they take there. to: on a cache line, with
 // room for a Compact and either the elements as they are or whole units and an exception for every

@@ -213,14 +213,16 @@ void run_few(const Tensors<T>& t, const Group& group, const Table& table, const 
   free(jobs);
 }
 
-// How many bytes a tensor of so many elements takes in the pool, as far as they can be known.
+// How many bytes are to be fetched of a tensor of so many elements. How many exceptions a compact one
+// has is not known before it is read: a line of them.
 template <class T>
 int64_t bytes_of(const T*, int64_t count) {
   return count * static_cast<int64_t>(sizeof(T));
 }
 #if defined(__AMX_BF16__)
 int64_t bytes_of(const bf16*, int64_t count) {
-  return static_cast<int64_t>(sizeof(Compact) + compact_units(count) * sizeof(CompactUnit)) + 64;
+  constexpr int64_t kHeader = sizeof(Compact), kUnit = sizeof(CompactUnit);
+  return kHeader + compact_units(count) * kUnit + kTileBytes;
 }
 #endif
 

@@ -259,7 +259,7 @@ void expand(const Tensors<bf16>& t, const Job<bf16>& job, int64_t begin, int64_t
   const int64_t span = job.row_count == 1 ? 1024 : 384;
   for (; begin < end; begin += span) {
     const int64_t stop = least(begin + span, end);
-    const int64_t padded = (stop + kUnit - 1) / kUnit * kUnit;
+    const int64_t padded = round_up(stop, kUnit);
     Job<bf16> part = job;
     part.b = unpack(job, job.b, begin * job.padded_rank, padded * job.padded_rank);
     part.b_column = begin;

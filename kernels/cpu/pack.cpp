@@ -22,9 +22,6 @@ struct Matrix {
 
 constexpr int64_t kMostLines = 64, kColumns = 64;
 
-MANYLORA_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-MANYLORA_INLINE int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-
 template <class T>
 MANYLORA_INLINE void convert(T x, T* out) {
   *out = x;

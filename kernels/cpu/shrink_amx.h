@@ -175,7 +175,7 @@ void shrink(const Tensors<bf16>& t, const Job<bf16>& job, int64_t row, int64_t r
             int64_t begin, int64_t end) {
   const bool one = row_end - row == 1;
   const float* const x = one ? widened(t.x + job.rows[row] * t.x_stride, t.in) : nullptr;
-  const int64_t most = one ? 1 : kMostBlocks, rank_size = (t.in + 1) / 2 * 2;
+  const int64_t most = one ? 1 : kMostBlocks, rank_size = round_up(t.in, 2);
   while (begin < end) {
     const int64_t stop = least(begin + most * kTileLines, end);
     const bf16* a = unpack(job, job.a, begin * rank_size, stop * rank_size);

@@ -26,6 +26,10 @@
 namespace manylora {
 namespace MANYLORA_ISA {
 
+MANYLORA_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+MANYLORA_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+MANYLORA_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
 MANYLORA_INLINE float bits_to_float(uint32_t bits) {
   float value;
   memcpy(&value, &bits, sizeof value);

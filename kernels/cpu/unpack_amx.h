@@ -20,7 +20,7 @@ E* scratch(int64_t count) {
   static thread_local int64_t held = 0;
   if (held < count) {
     free(memory);
-    held = (count + 4095) / 4096 * 4096;
+    held = round_up(count, 4096);
     memory = static_cast<E*>(aligned_alloc(64, static_cast<size_t>(held) * sizeof(E)));
     if (memory == nullptr) abort();
   }
