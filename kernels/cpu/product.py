@@ -12,7 +12,6 @@ from manylora.kernels.cpu.memory import HugeArena
 
 _PANEL = 16
 _DEPTH = 32
-_ISAS = ("avx512bf16", "amx")
 
 _linear = library.kernel(
     "linear",
@@ -55,7 +54,6 @@ def packs(weight: torch.Tensor) -> bool:
     """Whether `PackedWeight` can be made of a weight [out, in], and multiplied on this machine."""
     return (
         library.available()
-        and library.current_isa() in _ISAS
         and weight.device.type == "cpu"
         and weight.dtype == torch.bfloat16
         and weight.shape[1] % _DEPTH == 0

@@ -55,6 +55,17 @@ def test_a_rows_bits_do_not_depend_on_its_neighbours() -> None:
     assert torch.equal(cpu.linear(x, packed)[::2], y[::2])
 
 
+@pytest.mark.usefixtures("isa")
+def test_more_rows_than_are_widened_at_once() -> None:
+    x, w = matrix(521, 64, 1), matrix(40, 64, 2)
+    packed = cpu.PackedWeight(w, cpu.HugeArena())
+    y = cpu.linear(x, packed)
+    wanted = x.double() @ w.double().T
+    torch.testing.assert_close(y.double(), wanted, rtol=2**-8, atol=1e-4)
+    for row in (0, 255, 256, 520):
+        assert torch.equal(cpu.linear(x[row : row + 1], packed)[0], y[row])
+
+
 @pytest.mark.parametrize("out", [16, 17, 100])
 def test_unpack(out: int) -> None:
     w = matrix(out, 64, 1)
