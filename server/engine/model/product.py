@@ -111,12 +111,29 @@ def exact_products() -> MakeProduct:
     return make
 
 
+def int8_is_exact() -> bool:
+    """Whether oneDNN's sums are right here: without VNNI, sums of two products pass 16 bits."""
+    size = 64
+    ones = torch.ones(1, size)
+    return all(
+        round(Int8Product(weight, None)(ones).item()) == round(weight.sum().item())
+        for weight in (ones, -ones)
+    )
+
+
 def int8_products(device: torch.device) -> MakeProduct:
-    """Raises FailedPrecondition where torch has no such product."""
+    """Raises FailedPrecondition where torch has no such product, or a wrong one."""
     if device.type != "cpu" or not hasattr(torch.ops.onednn, "qlinear_pointwise"):
         raise FailedPrecondition(
             "8-bit weights need a CPU and a torch with oneDNN's quantised product",
             field="quantization",
             found=f"{device.type}, torch {torch.__version__}",
+        )
+    if not int8_is_exact():
+        raise FailedPrecondition(
+            "8-bit weights need a CPU whose products of 8-bit integers are exact (AVX-VNNI, "
+            "AVX512-VNNI or AMX): this one's pass the 16 bits that oneDNN sums them in",
+            field="quantization",
+            found="int8",
         )
     return Int8Product

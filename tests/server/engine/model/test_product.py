@@ -13,15 +13,22 @@ from manylora_testing import FlatRunner, Oracle, Stream, tiny_lora, tiny_model
 from manylora import kernels
 from manylora.errors import FailedPrecondition
 from manylora.server.engine.model import AdaptedModel, load_base
-from manylora.server.engine.model.product import Int8Product, quantise
+from manylora.server.engine.model.product import (
+    Int8Product,
+    int8_is_exact,
+    quantise,
+)
 
 CPU = torch.device("cpu")
+EXACT = int8_is_exact()
+exact = pytest.mark.skipif(not EXACT, reason="this CPU has no VNNI")
 
 
 def drawn(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+@exact
 @given(
     seed=st.integers(0, 2**32),
     rows=st.integers(1, 40),
@@ -49,6 +56,7 @@ def test_int8_by_definition(
     assert torch.equal(product.weight(half, 1), product.weight(0, sizes[1])[half : half + 1])
 
 
+@exact
 def test_int8_rows_stand_by_themselves() -> None:
     x, product = drawn(0, 37, 64), Int8Product(drawn(1, 48, 64), None)
     x[5], x[6], x[7] = torch.nan, 0.0, 1e30
@@ -59,6 +67,7 @@ def test_int8_rows_stand_by_themselves() -> None:
         assert torch.equal(product(x[row : row + 1])[0], together[row])
 
 
+@exact
 def test_a_base_in_8_bits_serves_adapters(tmp_path: Path) -> None:
     base = tiny_model("llama", tmp_path / "base")
     adapters = {"r3": tiny_lora(base, tmp_path / "r3", r=3, alpha=6, targets=["o_proj"], seed=1)}
@@ -76,6 +85,17 @@ def test_a_base_in_8_bits_serves_adapters(tmp_path: Path) -> None:
         off = (found - wanted).norm() / wanted.norm()
         assert 1e-4 < off < 0.05
         assert (found - other).norm() > 3 * (found - wanted).norm()
+
+
+@pytest.mark.skipif(EXACT, reason="this CPU's products are right")
+def test_a_cpu_whose_products_are_wrong_is_refused(tmp_path: Path) -> None:
+    ones = torch.ones(1, 64)
+    assert abs(Int8Product(ones, None)(ones).item() - 64) > 1
+    base = tiny_model("llama", tmp_path)
+    with pytest.raises(FailedPrecondition) as caught:
+        load_base(base, "float32", CPU, kernels.select(CPU), quantization="int8")
+    assert caught.value.field == "quantization"
+    assert "VNNI" in str(caught.value)
 
 
 def test_a_base_that_cannot_be_quantised(tmp_path: Path) -> None:
