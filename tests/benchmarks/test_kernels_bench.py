@@ -52,8 +52,8 @@ def test_the_ways_that_are_compared_compute_the_same(case: Case) -> None:
     for module in range(edits.modules):
         edits.y.zero_()
         edits.ours(module)
-        torch.testing.assert_close(edits.y, by_bmm, rtol=0.03, atol=3e-5)
-    torch.testing.assert_close(by_einsum, by_bmm, rtol=0.03, atol=3e-5)
+        torch.testing.assert_close(edits.y, by_bmm, rtol=0.03, atol=1e-4)
+    torch.testing.assert_close(by_einsum, by_bmm, rtol=0.03, atol=1e-4)
 
 
 @needs_library

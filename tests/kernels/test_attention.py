@@ -198,7 +198,10 @@ def test_strided_queries(backend: Backend, dtype: torch.dtype) -> None:
     heads_first = step.q.transpose(0, 1).contiguous().transpose(0, 1)
     for step.q in (qkv[:, 3 : 3 + 64].view(10, 4, 16), heads_first):
         got = attend(backend, step)
-        assert got.is_contiguous() and torch.equal(got, want)
+        assert got.is_contiguous()
+        # torch's products, the reference's, may sum otherwise where strides differ.
+        rounding = 1e-5 if backend.NAME == "reference" else 0
+        torch.testing.assert_close(got, want, rtol=rounding, atol=rounding)
 
 
 def test_shared_prefix_blocks(backend: Backend) -> None:
