@@ -3,8 +3,8 @@
 As it comes, the interpreter keeps bfloat16 as uint16 and multiplies the raw bits in `tl.dot`, and
 cuts floats off instead of rounding them. Here operations on bfloat16 work on float32 and round to
 nearest. It also leaves `tl.dot` to a BLAS, of which some sum a row otherwise where it stands
-elsewhere in a tile; no GPU does. Here all rows are summed alike. `test_triton.py` has canaries that fail
-should another version need other names.
+elsewhere in a tile; no GPU does. Here all rows are summed alike. `test_triton.py` has canaries that
+fail should another version need other names.
 
 Import it before any kernel, in a process of its own with TRITON_INTERPRET=1.
 """
