@@ -160,8 +160,9 @@ struct Load<bf16> {
   }
 };
 #else
+// What waits for the sum before is one addition, not two multiply-adds.
 MANYLORA_INLINE Vec dot(Vec acc, Operand<bf16> a, Operand<bf16> b) {
-  return fma(a.odd, b.odd, fma(a.even, b.even, acc));
+  return add(acc, fma(a.odd, b.odd, mul(a.even, b.even)));
 }
 template <>
 struct Load<bf16> {
