@@ -174,7 +174,7 @@ RANK_16 = (
         {"single-base": 5, "single-adapter": 5, "base-32": 5, "shared-32": 3, "distinct-32": 5},
     ),
     Entry(OVER_GRPC, {"single-base": 3, "single-adapter": 3, "base-32": 3, "distinct-32": 5}),
-    Entry(VLLM, {"single-base": 5, "base-32": 5}),
+    Entry(VLLM, {"single-base": 5, "base-32": 3}),
     Entry(VLLM_LORA, {"single-adapter": 2, "distinct-32": 2}, full_warm_up=False),
     Entry(
         PEFT,
