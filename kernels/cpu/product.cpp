@@ -27,13 +27,13 @@ constexpr int64_t kTasksEach = 6;  // for each thread, where there are panels en
 constexpr int64_t kAhead = 1024;   // bytes that prefetches run ahead within a panel
 
 #if defined(__AVX512BF16__)
-using Factor = bf16;
+using Input = bf16;
 #else
-using Factor = float;
+using Input = float;
 #endif
 
 struct Operands {
-  const Factor* x;
+  const Input* x;
   int64_t x_stride, rows, in;
   const bf16 *weight, *bias;
   bf16* y;
@@ -81,10 +81,11 @@ void linear(void* y, int64_t y_stride, const void* x, int64_t x_stride, int64_t 
 #if defined(__AVX512BF16__)
   if (rows > 0) multiply({from, x_stride, rows, in, w, b, to, y_stride, out});
 #else
-  for (int64_t row = 0; row < rows; row += kMostRows) {
-    const int64_t some = least(rows - row, kMostRows);
-    const float* const wide = widen(from + row * x_stride, x_stride, some, in);
-    multiply({wide, wide_stride(in), some, in, w, b, to + row * y_stride, y_stride, out});
+  const int64_t most = rows_of(kMostBytes, in);
+  for (int64_t row = 0; row < rows; row += most) {
+    const int64_t count = least(rows - row, most);
+    const float* const wide = widen(from + row * x_stride, x_stride, count, in);
+    multiply({wide, wide_stride(in), count, in, w, b, to + row * y_stride, y_stride, out});
   }
 #endif
 }

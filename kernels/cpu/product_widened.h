@@ -1,20 +1,25 @@
 // Panels of the product where no instruction multiplies bfloat16: x is widened to float32 before,
 // for all panels; W in registers, for every row tile. Included by product.cpp only.
 //
-// A register tile holds rows x 16 or 32 outputs. Its rows of x pass by in the first-level cache, a
-// part of the rows, with a task's panels, in the second-level one.
+// A register tile holds rows x 16 or 32 outputs. A part of the rows and a run of panels lie in the
+// second-level cache, so W is read from memory once for as many rows as are widened at once.
 
-constexpr int kRows = 4;                // on AVX2 8 vectors of sums, just enough to never wait for one
-constexpr int kPairRows = 3;            // up to here two panels at once, for as many sums
-constexpr int64_t kMostRows = 256;      // widened at once
-constexpr int64_t kPartBytes = 131072;  // of widened x
+constexpr int kRows = 4;             // on AVX2 8 vectors of sums, just enough to never wait for one
+constexpr int kPairRows = 3;         // up to here two panels at once: one would leave sums waiting
+constexpr int64_t kBytes = 1 << 17;  // of a part, and of a run
+constexpr int64_t kMostBytes = 4 << 20;  // of x, widened at once
 
 // Rows of a power of 2 would share their lines' places in the cache.
 MANYLORA_INLINE int64_t wide_stride(int64_t in) { return in + 16; }
 
+// How many whole tiles of widened rows have so many bytes.
+MANYLORA_INLINE int64_t rows_of(int64_t bytes, int64_t in) {
+  return round_up(bytes / (wide_stride(in) * static_cast<int64_t>(sizeof(float))) + 1, kRows);
+}
+
 // In memory that the calling thread keeps.
 static const float* widen(const bf16* x, int64_t x_stride, int64_t rows, int64_t in) {
-  float* const wide = scratch<float>(kMostRows * wide_stride(in));
+  float* const wide = scratch<float>(rows * wide_stride(in));
   each_row(rows, in, [&](int64_t row) {
     const bf16* const from = x + row * x_stride;
     float* const to = wide + row * wide_stride(in);
@@ -82,10 +87,13 @@ static void panels(const Operands& o, int64_t begin, int64_t end) {
   if (o.rows <= kPairRows) {
     for (; begin + 2 <= end; begin += 2) some_rows<kPairRows, 2>(o, 0, o.rows, begin);
   }
-  const int64_t bytes = wide_stride(o.in) * static_cast<int64_t>(sizeof(float));
-  const int64_t part = round_up(kPartBytes / bytes + 1, kRows);
-  for (int64_t row = 0; row < o.rows; row += part) {
-    const int64_t last = least(o.rows, row + part);
-    for (int64_t panel = begin; panel < end; ++panel) some_rows<kRows, 1>(o, row, last, panel);
+  const int64_t part = rows_of(kBytes, o.in);
+  const int64_t run = kBytes / (kPanel * o.in * static_cast<int64_t>(sizeof(bf16))) + 1;
+  for (; begin < end; begin += run) {
+    for (int64_t row = 0; row < o.rows; row += part) {
+      for (int64_t panel = begin; panel < least(end, begin + run); ++panel) {
+        some_rows<kRows, 1>(o, row, least(o.rows, row + part), panel);
+      }
+    }
   }
 }

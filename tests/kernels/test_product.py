@@ -55,15 +55,20 @@ def test_a_rows_bits_do_not_depend_on_its_neighbours() -> None:
     assert torch.equal(cpu.linear(x, packed)[::2], y[::2])
 
 
-@pytest.mark.usefixtures("isa")
-def test_more_rows_than_are_widened_at_once() -> None:
-    x, w = matrix(521, 64, 1), matrix(40, 64, 2)
+@pytest.mark.usefixtures("isa", "two_threads")
+@pytest.mark.parametrize(
+    ("rows", "depth", "out"), [(521, 4096, 40), (40, 5120, 700), (3, 4128, 400)]
+)
+def test_more_than_caches_hold_at_once(rows: int, depth: int, out: int) -> None:
+    x, w, b = matrix(rows, depth + 8, 1)[:, :depth], matrix(out, depth, 2), matrix(1, out, 3)[0]
     packed = cpu.PackedWeight(w, cpu.HugeArena())
-    y = cpu.linear(x, packed)
-    wanted = x.double() @ w.double().T
-    torch.testing.assert_close(y.double(), wanted, rtol=2**-8, atol=1e-4)
-    for row in (0, 255, 256, 520):
-        assert torch.equal(cpu.linear(x[row : row + 1], packed)[0], y[row])
+    y = cpu.linear(x, packed, b)
+    wanted = x.double() @ w.double().T + b.double()
+    torch.testing.assert_close(y.double(), wanted, rtol=2**-8, atol=2e-3)
+    torch.set_num_threads(1)
+    assert torch.equal(cpu.linear(x, packed, b), y)
+    for row in (*range(0, rows, 17), rows - 1):
+        assert torch.equal(cpu.linear(x[row : row + 1], packed, b)[0], y[row])
 
 
 @pytest.mark.parametrize("out", [16, 17, 100])
