@@ -14,7 +14,9 @@ namespace MANYLORA_ISA {
 
 constexpr int64_t kTile = 64;  // positions
 constexpr int64_t kGroups = kTile / kGroup;
-constexpr int64_t kFetchBytes = 256;  // from one group before the next has its turn
+// From one group before the next has its turn. Where a step takes less, four lines at once hold up
+// its reading.
+constexpr int64_t kFetchBytes = kLanes >= 16 ? 256 : 64;
 
 struct Fetch {
   const char* groups[2 * kGroups];  // a head's, of keys, then of values
