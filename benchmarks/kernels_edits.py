@@ -110,20 +110,16 @@ class Edits:
         self.y += torch.einsum("bor,br->bo", b, torch.einsum("bri,bi->br", a, self.x))
 
 
-class Base:
-    """The base product of `rows` rows: F.linear, oneDNN's with its weight reordered, and ours."""
-
-    def __init__(self, rows: int, in_size: int, out_size: int) -> None:
-        x, w = torch.randn(rows, in_size).to(DTYPE), torch.randn(out_size, in_size).to(DTYPE)
-        self.calls: list[Call] = [lambda _: F.linear(x, w)]
-        if hasattr(torch.ops.mkldnn, "_reorder_linear_weight") and _takes_bfloat16():
-            packed = torch.ops.mkldnn._reorder_linear_weight(w, rows)
-            linear = torch.ops.mkldnn._linear_pointwise
-            self.calls.append(lambda _: linear(x, packed, None, "none", [], ""))
-        self.engine: Call | None = None
-        if cpu.packs(w):
-            weight = cpu.PackedWeight(w, cpu.HugeArena())
-            self.engine = lambda _: cpu.linear(x, weight)
+def base_products(rows: int, in_size: int, out_size: int) -> list[Call]:
+    """The base product of `rows` rows: ours, F.linear, oneDNN's with its weight reordered."""
+    x, w = torch.randn(rows, in_size).to(DTYPE), torch.randn(out_size, in_size).to(DTYPE)
+    ours = cpu.PackedWeight(w, cpu.HugeArena())
+    calls: list[Call] = [lambda _: cpu.linear(x, ours), lambda _: F.linear(x, w)]
+    if hasattr(torch.ops.mkldnn, "_reorder_linear_weight") and _takes_bfloat16():
+        packed = torch.ops.mkldnn._reorder_linear_weight(w, rows)
+        linear = torch.ops.mkldnn._linear_pointwise
+        calls.append(lambda _: linear(x, packed, None, "none", [], ""))
+    return calls
 
 
 def _takes_bfloat16() -> bool:
@@ -136,8 +132,7 @@ class Line:
     """A case's line of the table, in microseconds; None: not timed.
 
     cold: weights from memory. limit: reading them once, at the bandwidth of the run. warm: the same
-    weights again and again, as for all that follows. base: the better of F.linear and oneDNN's
-    reordered. engine: the product of our own.
+    weights again and again, as for all that follows. base: the best of `base_products`.
     """
 
     case: Case
@@ -147,28 +142,20 @@ class Line:
     bmm: float | None
     einsum: float | None
     base: float
-    engine: float | None
 
 
 def table(model: str, ring: Ring, budget: float) -> Iterator[Line]:
     """A line for each case of a model's shapes."""
     (read,) = medians([ring.reader()], 0.3)
     for shape in SHAPES[model]:
-        bases = {rows: _base_times(rows, shape, budget) for rows in (1, 8, 32, 128)}
+        bases = {
+            rows: min(medians(base_products(rows, *shape), budget, 100)) for rows in (1, 8, 32, 128)
+        }
         for case in cases(shape):
             yield _line(case, ring, read / READ_BYTES, bases[case.rows], budget)
 
 
-def _base_times(rows: int, shape: tuple[int, int], budget: float) -> tuple[float, float | None]:
-    base = Base(rows, *shape)
-    ours = [] if base.engine is None else [base.engine]
-    found = medians([*base.calls, *ours], budget, 100)
-    return min(found[: len(base.calls)]) * 1e6, found[-1] * 1e6 if ours else None
-
-
-def _line(
-    case: Case, ring: Ring, per_byte: float, base: tuple[float, float | None], budget: float
-) -> Line:
+def _line(case: Case, ring: Ring, per_byte: float, base: float, budget: float) -> Line:
     cold_edits = Edits(case, ring)
     (cold,) = medians([cold_edits.ours], budget, cold_edits.modules)
     warm_edits = Edits(case, ring, modules=1)  # may lie where the others did
@@ -177,4 +164,4 @@ def _line(
         others = [warm_edits.bmm, warm_edits.einsum]
     warm, *rest = (t * 1e6 for t in medians([warm_edits.ours, *others], budget, 200))
     bmm, einsum = rest or (None, None)
-    return Line(case, cold * 1e6, case.nbytes * per_byte * 1e6, warm, bmm, einsum, *base)
+    return Line(case, cold * 1e6, case.nbytes * per_byte * 1e6, warm, bmm, einsum, base * 1e6)

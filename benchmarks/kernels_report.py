@@ -12,12 +12,12 @@ from kernels_edits import Line
 
 HEAD = (
     f"{'case':<40}{'KB':>7}{'cold':>8}{'/limit':>7}{'warm':>8}{'bmm/':>7}{'einsum/':>8}"
-    f"{'base':>9}{'ours/base':>10}{'engine':>9}{'H100 predicted':>16}"
+    f"{'base':>9}{'ours/base':>10}{'H100 predicted':>16}"
 )
 LEGEND = """us a call. cold: weights from memory; /limit: by the reading of as many bytes. warm: the
 same weights again, as all that follows: bmm/ and einsum/ on gathered weights by ours; base: the
-better of F.linear and oneDNN's reordered product; engine: the product of our own. H100: predicted
-from bytes, FLOPs and launches, never measured, and the base product's beside it."""
+best of F.linear, oneDNN's reordered product and our own. H100: predicted from bytes, FLOPs and
+launches, never measured, and the base product's beside it."""
 
 
 def print_line(line: Line) -> None:
@@ -27,7 +27,7 @@ def print_line(line: Line) -> None:
     print(
         f"{case!s:<40}{case.nbytes / 1024:7.0f}{line.cold:8.1f}{line.cold / line.limit:7.2f}"
         f"{line.warm:8.1f}{_ratio(line.bmm, line.warm, 7)}{_ratio(line.einsum, line.warm, 8)}"
-        f"{line.base:9.1f}{line.warm / line.base:10.2f}{_number(line.engine, 9)}"
+        f"{line.base:9.1f}{line.warm / line.base:10.2f}"
         f"{predicted:8.1f} /{base:6.1f}"
     )
 
