@@ -56,7 +56,7 @@ class Settings(BaseSettings):
     quantization: Literal["none", "int8"] = Field(
         "none",
         description="int8: the base's weights in 8 bits, made at load; half the memory, other "
-        "logits. CPU only.",
+        "logits. Only on CPUs with VNNI.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="Where the base runs; auto: the best device there is."
