@@ -200,7 +200,8 @@ def test_strided_queries(backend: Backend, dtype: torch.dtype) -> None:
         got = attend(backend, step)
         assert got.is_contiguous()
         # torch's products, the reference's, may sum otherwise where strides differ.
-        rounding = 1e-5 if backend.NAME == "reference" else 0
+        units = max(1e-5, 2 * torch.finfo(dtype).eps)
+        rounding = units if backend.NAME == "reference" else 0
         torch.testing.assert_close(got, want, rtol=rounding, atol=rounding)
 
 

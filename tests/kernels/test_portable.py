@@ -19,7 +19,7 @@ from kernel_cases import DTYPES
 
 from manylora.kernels import AttentionBatch, EditTable, SliceGroup, cpu, make_batch, make_plan
 from manylora.kernels import make_stack as new_stack
-from manylora.kernels.cpu import attention, edits, library, small, training
+from manylora.kernels.cpu import attention, edits, library, product, small, training
 from manylora.kernels.stack import RankStack
 
 SOURCES = Path(__file__).resolve().parents[2] / "kernels/cpu"
@@ -107,6 +107,7 @@ KERNELS = (
     *((small, "_rms_norm", "rms_norm"), (small, "_layer_norm", "layer_norm")),
     *((small, "_act_mul", "act_mul"), (small, "_rotary", "rotary_write_kv")),
     *((training, "_forward", "add_low_rank"), (training, "_backward", "low_rank_backward")),
+    (product, "_linear", "linear"),
 )
 
 
@@ -221,6 +222,14 @@ class Inputs:
         gated = cpu.silu_mul(x), cpu.gelu_mul(x), cpu.gelu_mul(x, "tanh")
         self.results += [*normed, *shifted, *gated]
 
+    def multiply(self) -> None:
+        """The base's product, of bfloat16 only: panels that are not full, tiles of every size."""
+        if self.dtype != torch.bfloat16:
+            return
+        weight = cpu.PackedWeight(torch.randn(70, 64, generator=self._random).bfloat16(), cpu.HugeArena())
+        weight.panels = self.shared.put(weight.panels)
+        self.results += [cpu.linear(self.normal(n, 64), weight, self.normal(70)) for n in (3, 7)]
+
     def train(self) -> None:
         stack = new_stack((5, 0, 16), (0.5, 1.0, -1.0))
         starts, scale = self.shared.put(stack.starts), self.shared.put(stack.scale)
@@ -245,7 +254,7 @@ def test_on_aarch64(calls: list[Call], shared: Shared, tmp_path: Path) -> None:
     results: list[torch.Tensor] = []
     for dtype in DTYPES:
         inputs = Inputs(shared, dtype)
-        for make in (inputs.edit, inputs.attend, inputs.small, inputs.train):
+        for make in (inputs.edit, inputs.attend, inputs.small, inputs.train, inputs.multiply):
             make()
         results += inputs.results
     assert {name for name, _, _ in calls} == {name for _, _, name in KERNELS}

@@ -9,7 +9,8 @@
 
 #define KERNELS(each) \
   each(apply_edits) each(scale_rows) each(paged_attention) each(write_kv) each(rotary_write_kv) \
-  each(rms_norm) each(layer_norm) each(act_mul) each(add_low_rank) each(low_rank_backward)
+  each(rms_norm) each(layer_norm) each(act_mul) each(add_low_rank) each(low_rank_backward) \
+  each(linear)
 
 #define DECLARE(name) extern "C" void manylora_##name();
 KERNELS(DECLARE)
