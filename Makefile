@@ -14,7 +14,7 @@ demo: $(VENV)/.installed-demo ## train three adapters, serve them beside the bas
 	$(BIN)/manylora demo
 
 test: $(VENV)/.installed-dev ## all tests
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal
 
 bench: $(VENV)/.installed-bench ## our own speed ratios, a minute
 	$(BIN)/python benchmarks/run.py
