@@ -14,22 +14,13 @@ import torch
 
 from manylora.kernels.attention import AttentionBatch
 from manylora.kernels.cpu import library
-from manylora.kernels.cpu.library import INT64
 
 _DTYPES = library.DTYPES
 _GROUP = 16  # kGroup in attention_layout.h
 _MAX_HEAD_DIM = 1024  # kMaxHeadDim in attention.h
 
-_attend = library.kernel(
-    "paged_attention",
-    *(c_void_p, c_void_p, INT64, INT64),  # out, q, its row and head strides
-    *(c_void_p, c_void_p, c_void_p, c_void_p),  # k_cache, v_cache, batch, layer
-)
-_write = library.kernel(
-    "write_kv",
-    *(c_void_p, INT64, INT64, c_void_p, INT64, INT64),  # k, strides, v, strides
-    *(c_void_p, c_void_p, c_void_p, c_void_p),  # k_cache, v_cache, batch, layer
-)
+_attend = library.kernel("paged_attention", "8q")
+_write = library.kernel("write_kv", "10q")
 
 
 class Layer(ctypes.Structure):

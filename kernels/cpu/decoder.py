@@ -12,12 +12,11 @@ import torch
 from manylora.kernels.attention import AttentionBatch
 from manylora.kernels.cpu import library
 from manylora.kernels.cpu.attention import Layer
-from manylora.kernels.cpu.library import INT64
 from manylora.kernels.cpu.product import PackedWeight
 from manylora.kernels.plan import Plan
 from manylora.kernels.table import EditTable, SliceGroup
 
-_decoder_layers = library.kernel("decoder_layers", c_void_p, c_void_p, INT64)
+_decoder_layers = library.kernel("decoder_layers", "3q")
 
 
 @dataclass(slots=True, frozen=True)

@@ -1,9 +1,13 @@
 // The C ABI: which ISAs this machine has, which one is in use, and one entry for each kernel.
 //
 // A new kernel adds its signature below with MANYLORA_KERNEL, defines a function of that name in
-// namespace manylora::MANYLORA_ISA in its own source, and lists the source in CMakeLists.txt.
+// namespace manylora::MANYLORA_ISA in its own source, and lists the source in CMakeLists.txt. Its
+// entry takes the arguments packed, 8 bytes each: int64_t, an address, or double.
 
 #include <stdint.h>
+#include <string.h>
+
+#include <utility>
 
 #if defined(MANYLORA_X86)
 #include <cpuid.h>
@@ -31,14 +35,47 @@
   namespace generic { void name parameters; }
 #endif
 
-#define MANYLORA_KERNEL(name, parameters, arguments) \
+#define MANYLORA_KERNEL(name, parameters) \
   namespace manylora { \
   MANYLORA_DECLARE(name, parameters) \
   static void(*const name##_isas[]) parameters = MANYLORA_BEST(name); \
   } \
-  MANYLORA_EXPORT void manylora_##name parameters { manylora::name##_isas[manylora::isa] arguments; }
+  MANYLORA_EXPORT void manylora_##name(const char* packed) { \
+    manylora::call(manylora::name##_isas[manylora::isa], packed); \
+  }
 
 namespace manylora {
+
+template <class A>
+struct Packed {
+  using type = int64_t;
+};
+template <class A>
+struct Packed<A*> {
+  using type = A*;
+};
+template <>
+struct Packed<float> {
+  using type = double;
+};
+
+template <class A>
+static A argument(const char* packed) {
+  typename Packed<A>::type value;
+  static_assert(sizeof value == 8);
+  memcpy(&value, packed, sizeof value);
+  return static_cast<A>(value);
+}
+
+template <class... A, size_t... I>
+static void call(void (*kernel)(A...), const char* packed, std::index_sequence<I...>) {
+  kernel(argument<A>(packed + 8 * I)...);
+}
+
+template <class... A>
+static void call(void (*kernel)(A...), const char* packed) {
+  call(kernel, packed, std::index_sequence_for<A...>());
+}
 
 Pool pool = {nullptr, nullptr};
 thread_local Team* team = nullptr;
@@ -98,75 +135,59 @@ MANYLORA_EXPORT void manylora_set_pool(manylora::ParallelFor parallel_for,
 MANYLORA_KERNEL(apply_edits,
                 (void* y, int64_t y_stride, const void* x, int64_t x_stride, int64_t in,
                  int32_t dtype, const void* pool, const int32_t* group, const void* table,
-                 const int32_t* plan),
-                (y, y_stride, x, x_stride, in, dtype, pool, group, table, plan))
+                 const int32_t* plan))
 
 MANYLORA_KERNEL(scale_rows,
                 (void* out, const void* x, int64_t x_stride, int64_t in, int32_t dtype,
-                 const void* pool, int32_t module, const void* table, const int32_t* plan),
-                (out, x, x_stride, in, dtype, pool, module, table, plan))
+                 const void* pool, int32_t module, const void* table, const int32_t* plan))
 
 MANYLORA_KERNEL(pack,
-                (void* buffer, int64_t dtype, void* matrices, int64_t count, int64_t* end),
-                (buffer, dtype, matrices, count, end))
+                (void* buffer, int64_t dtype, void* matrices, int64_t count, int64_t* end))
 
 MANYLORA_KERNEL(paged_attention,
                 (void* out, const void* q, int64_t q_row_stride, int64_t q_head_stride,
                  const void* k_cache, const void* v_cache, const manylora::Batch* batch,
-                 const manylora::AttentionLayer* layer),
-                (out, q, q_row_stride, q_head_stride, k_cache, v_cache, batch, layer))
+                 const manylora::AttentionLayer* layer))
 
 MANYLORA_KERNEL(write_kv,
                 (const void* k, int64_t k_row_stride, int64_t k_head_stride, const void* v,
                  int64_t v_row_stride, int64_t v_head_stride, void* k_cache, void* v_cache,
-                 const manylora::Batch* batch, const manylora::AttentionLayer* layer),
-                (k, k_row_stride, k_head_stride, v, v_row_stride, v_head_stride, k_cache, v_cache,
-                 batch, layer))
+                 const manylora::Batch* batch, const manylora::AttentionLayer* layer))
 
 MANYLORA_KERNEL(rotary_write_kv,
                 (void* qkv, int64_t stride, const void* cos, const void* sin, int64_t half,
                  void* k_cache, void* v_cache, const manylora::Batch* batch,
-                 const manylora::AttentionLayer* layer),
-                (qkv, stride, cos, sin, half, k_cache, v_cache, batch, layer))
+                 const manylora::AttentionLayer* layer))
 
 MANYLORA_KERNEL(rms_norm,
                 (void* out, const void* x, int64_t x_stride, void* residual, const void* weight,
-                 int64_t rows, int64_t size, float eps, float offset, int64_t dtype),
-                (out, x, x_stride, residual, weight, rows, size, eps, offset, dtype))
+                 int64_t rows, int64_t size, float eps, float offset, int64_t dtype))
 
 MANYLORA_KERNEL(layer_norm,
                 (void* out, const void* x, int64_t x_stride, void* residual, const void* weight,
-                 const void* bias, int64_t rows, int64_t size, float eps, int64_t dtype),
-                (out, x, x_stride, residual, weight, bias, rows, size, eps, dtype))
+                 const void* bias, int64_t rows, int64_t size, float eps, int64_t dtype))
 
 MANYLORA_KERNEL(act_mul,
                 (void* out, const void* x, int64_t x_stride, int64_t rows, int64_t size,
-                 int64_t activation, int64_t dtype),
-                (out, x, x_stride, rows, size, activation, dtype))
+                 int64_t activation, int64_t dtype))
 
 MANYLORA_KERNEL(add_low_rank,
                 (void* y, int64_t y_stride, const void* x, int64_t x_stride, const void* a,
                  const void* bt, int64_t in, int64_t out, float* hidden, int64_t slots,
                  int64_t max_rank, const int32_t* starts, const float* scale, const int32_t* plan,
-                 int64_t dtype, int64_t factor_dtype),
-                (y, y_stride, x, x_stride, a, bt, in, out, hidden, slots, max_rank, starts, scale,
-                 plan, dtype, factor_dtype))
+                 int64_t dtype, int64_t factor_dtype))
 
 MANYLORA_KERNEL(low_rank_backward,
                 (void* dx, int64_t dx_stride, void* da, void* dbt, const void* dy,
                  int64_t dy_stride, const void* x, int64_t x_stride, const void* a, const void* bt,
                  int64_t in, int64_t out, float* hidden, int64_t slots, int64_t max_rank,
                  const int32_t* starts, const float* scale, const int32_t* plan, int64_t dtype,
-                 int64_t factor_dtype),
-                (dx, dx_stride, da, dbt, dy, dy_stride, x, x_stride, a, bt, in, out, hidden, slots,
-                 max_rank, starts, scale, plan, dtype, factor_dtype))
+                 int64_t factor_dtype))
 
 MANYLORA_KERNEL(linear,
                 (void* y, int64_t y_stride, const void* x, int64_t x_stride, int64_t rows,
-                 const void* weight, const void* bias, int64_t in, int64_t out),
-                (y, y_stride, x, x_stride, rows, weight, bias, in, out))
+                 const void* weight, const void* bias, int64_t in, int64_t out))
 
 MANYLORA_KERNEL(decoder_layers,
                 (const manylora::DecoderStep* step, const manylora::DecoderLayer* layers,
-                 int64_t count),
-                (step, layers, count))
+                 int64_t count))

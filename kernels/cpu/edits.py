@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from ctypes import c_int32, c_int64, c_void_p
-
 import torch
 
 from manylora.kernels.cpu import library
@@ -12,16 +10,8 @@ from manylora.kernels.table import EditTable, SliceGroup
 
 _DTYPES = library.DTYPES
 
-_apply = library.kernel(
-    "apply_edits",
-    *(c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int32),  # y, stride, x, stride, in, dtype
-    *(c_void_p, c_void_p, c_void_p, c_void_p),  # pool, group, table, plan
-)
-_scale_rows = library.kernel(
-    "scale_rows",
-    *(c_void_p, c_void_p, c_int64, c_int64, c_int32),  # out, x, stride, in, dtype
-    *(c_void_p, c_int32, c_void_p, c_void_p),  # pool, module, table, plan
-)
+_apply = library.kernel("apply_edits", "10q")
+_scale_rows = library.kernel("scale_rows", "9q")
 
 
 def apply_edits_(

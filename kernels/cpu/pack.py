@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from ctypes import addressof, c_int64, c_void_p
+from ctypes import addressof, c_int64
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from manylora.kernels.cpu import library
-from manylora.kernels.cpu.library import INT64
 from manylora.kernels.cpu.memory import huge_empty
 
 _DTYPES = library.DTYPES
 
 # buffer, dtype, matrices, count, end
-_pack = library.kernel("pack", c_void_p, INT64, c_void_p, INT64, c_void_p)
+_pack = library.kernel("pack", "5q")
 _WORDS, _START = 10, 6  # of a matrix; where it begins, among them
 _LINE = 64  # bytes
 # Of compact.h: elements of the header, of a unit, and of the exceptions that a unit has at most.

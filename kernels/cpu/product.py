@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from ctypes import c_void_p
-
 import torch
 
 from manylora.kernels.cpu import library
-from manylora.kernels.cpu.library import INT64
 from manylora.kernels.cpu.memory import HugeArena
 
 _PANEL = 16
 _DEPTH = 32
 
-_linear = library.kernel(
-    "linear",
-    *(c_void_p, INT64, c_void_p, INT64, INT64),  # y, stride, x, stride, rows
-    *(c_void_p, c_void_p, INT64, INT64),  # weight, bias, in, out
-)
+_linear = library.kernel("linear", "9q")
 
 
 class PackedWeight:
@@ -89,7 +82,7 @@ def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = No
         stride,
         rows,
         weight.panels.data_ptr(),
-        None if bias is None else bias.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
         in_size,
         out_size,
     )

@@ -2,37 +2,19 @@
 
 from __future__ import annotations
 
-from ctypes import c_float, c_void_p
-
 import torch
 
 from manylora.kernels.attention import AttentionBatch
 from manylora.kernels.cpu import library
 from manylora.kernels.cpu.attention import layer
-from manylora.kernels.cpu.library import INT64
 
 _DTYPES = library.DTYPES
 _ACTIVATIONS = {"silu": 0, "tanh": 1, "none": 2}
 
-_rms_norm = library.kernel(
-    "rms_norm",
-    *(c_void_p, c_void_p, INT64, c_void_p, c_void_p),  # out, x, stride, residual, weight
-    *(INT64, INT64, c_float, c_float, INT64),  # rows, size, eps, offset, dtype
-)
-_layer_norm = library.kernel(
-    "layer_norm",
-    *(c_void_p, c_void_p, INT64, c_void_p, c_void_p, c_void_p),  # as above, and bias
-    *(INT64, INT64, c_float, INT64),  # rows, size, eps, dtype
-)
-_act_mul = library.kernel(
-    "act_mul",
-    *(c_void_p, c_void_p, INT64, INT64, INT64, INT64, INT64),  # out, x, stride, …, dtype
-)
-_rotary = library.kernel(
-    "rotary_write_kv",
-    *(c_void_p, INT64, c_void_p, c_void_p, INT64),  # qkv, stride, cos, sin, half
-    *(c_void_p, c_void_p, c_void_p, c_void_p),  # k_cache, v_cache, batch, layer
-)
+_rms_norm = library.kernel("rms_norm", "7q2dq")
+_layer_norm = library.kernel("layer_norm", "8qdq")
+_act_mul = library.kernel("act_mul", "7q")
+_rotary = library.kernel("rotary_write_kv", "9q")
 
 
 def rms_norm(
@@ -59,7 +41,7 @@ def rms_norm(
         out.data_ptr(),
         x.data_ptr(),
         stride,
-        None if residual is None else _residual(residual, x),
+        0 if residual is None else _residual(residual, x),
         weight.data_ptr(),
         rows,
         size,
@@ -96,9 +78,9 @@ def layer_norm(
         out.data_ptr(),
         x.data_ptr(),
         stride,
-        None if residual is None else _residual(residual, x),
+        0 if residual is None else _residual(residual, x),
         weight.data_ptr(),
-        None if bias is None else bias.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
         rows,
         size,
         eps,

@@ -2,33 +2,16 @@
 
 from __future__ import annotations
 
-from ctypes import c_void_p
-
 import torch
 
 from manylora.kernels.cpu import library
-from manylora.kernels.cpu.library import INT64
 from manylora.kernels.plan import Plan
 from manylora.kernels.stack import RankStack, check_gradients, check_stacked
 
 _DTYPES = library.DTYPES
 
-_SHARED = (
-    *(c_void_p, c_void_p, INT64, INT64, c_void_p),  # a, bt, in, out, hidden
-    *(INT64, INT64, c_void_p, c_void_p),  # slots, max_rank, starts, scale
-    *(c_void_p, INT64, INT64),  # plan, dtype, dtype of the factors
-)
-_forward = library.kernel(
-    "add_low_rank",
-    *(c_void_p, INT64, c_void_p, INT64),  # y, stride, x, stride
-    *_SHARED,
-)
-_backward = library.kernel(
-    "low_rank_backward",
-    *(c_void_p, INT64, c_void_p, c_void_p),  # dx, stride, da, dbt
-    *(c_void_p, INT64, c_void_p, INT64),  # dy, stride, x, stride
-    *_SHARED,
-)
+_forward = library.kernel("add_low_rank", "16q")
+_backward = library.kernel("low_rank_backward", "20q")
 
 
 def add_low_rank_(
@@ -86,7 +69,7 @@ def _shared(
     stack: RankStack,
     plan: Plan,
 ) -> tuple[int, ...]:
-    """The arguments of `_SHARED`."""
+    """What both kernels are given at the end."""
     if x.dtype not in _DTYPES:
         raise ValueError(f"low-rank: found {x.dtype}; wanted one of {', '.join(map(str, _DTYPES))}")
     return (

@@ -7,6 +7,7 @@ import ctypes
 import mmap
 import os
 import shutil
+import struct
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -146,6 +147,13 @@ def shared(tmp_path: Path) -> Iterator[Shared]:
     memory.close()
 
 
+def bits_of(argument: float) -> int:
+    """Of a double, where it is not a whole number."""
+    kind = "d" if isinstance(argument, float) else "q"
+    (bits,) = struct.unpack("q", struct.pack(kind, argument))
+    return int(bits)
+
+
 class Inputs:
     """Calls of every kernel on random tensors in shared memory; results: what they write."""
 
@@ -226,7 +234,9 @@ class Inputs:
         """The base's product, of bfloat16 only: panels that are not full, tiles of every size."""
         if self.dtype != torch.bfloat16:
             return
-        weight = cpu.PackedWeight(torch.randn(70, 64, generator=self._random).bfloat16(), cpu.HugeArena())
+        weight = cpu.PackedWeight(
+            torch.randn(70, 64, generator=self._random).bfloat16(), cpu.HugeArena()
+        )
         weight.panels = self.shared.put(weight.panels)
         self.results += [cpu.linear(self.normal(n, 64), weight, self.normal(70)) for n in (3, 7)]
 
@@ -248,7 +258,7 @@ def test_on_aarch64(calls: list[Call], shared: Shared, tmp_path: Path) -> None:
     """Every kernel in every dtype, on the same memory here and in the emulator: as much the same as
     sums with fused multiply-adds are, which this machine's generic code has not."""
     program, list_of_calls = tmp_path / "kernels", tmp_path / "calls"
-    build(program, "-static", "-Wno-cast-function-type", str(DRIVER))
+    build(program, "-static", str(DRIVER))
     if EMULATOR is None:
         pytest.skip("compiled, and not run: qemu-aarch64 is not installed")
     results: list[torch.Tensor] = []
@@ -267,10 +277,8 @@ def test_on_aarch64(calls: list[Call], shared: Shared, tmp_path: Path) -> None:
 
     lines = []
     for name, _, args in calls:
-        floats = [arg for arg in args if isinstance(arg, float)]
-        whole = [arg for arg in args if not isinstance(arg, float)]
-        numbers = [*floats, *[0.0] * (2 - len(floats)), *whole, *[0] * (20 - len(whole))]
-        lines.append(" ".join([name, *map(repr, numbers)]))
+        packed = [bits_of(arg) for arg in args]
+        lines.append(" ".join([name, *map(str, packed + [0] * (20 - len(packed)))]))
     list_of_calls.write_text("\n".join(lines))
     command = [str(EMULATOR), str(program), str(shared.path), str(list_of_calls)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
