@@ -149,21 +149,22 @@ def write_kv(
     Raises:
         ValueError: tensors that do not fit each other or the batch.
     """
-    rows, kv_heads, head_dim = k.shape
+    shape, cache_shape, dtype = k.shape, k_cache.shape, k.dtype
+    rows, kv_heads, head_dim = shape
     k_row, k_head, k_step = k.stride()
     v_row, v_head, v_step = v.stride()
     if (
         k_step != 1
         or v_step != 1
         or rows != batch.rows
-        or kv_heads != k_cache.shape[1]
-        or v.shape != k.shape
-        or v.dtype != k.dtype
+        or kv_heads != cache_shape[1]
+        or v.shape != shape
+        or v.dtype != dtype
         or not k_cache.is_contiguous()
         or not v_cache.is_contiguous()
     ):
         raise _misfit(k, k_cache, v_cache, batch)
-    dtypes = (k.dtype, k_cache.dtype, v_cache.dtype)
+    dtypes = (dtype, k_cache.dtype, v_cache.dtype)
     _write(
         k.data_ptr(),
         k_row,
@@ -174,7 +175,7 @@ def write_kv(
         k_cache.data_ptr(),
         v_cache.data_ptr(),
         batch.address,
-        layer(kv_heads, head_dim, k_cache.shape, v_cache.shape, dtypes).address,
+        layer(kv_heads, head_dim, cache_shape, v_cache.shape, dtypes).address,
     )
 
 
