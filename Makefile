@@ -22,7 +22,7 @@ bench: $(VENV)/.installed-bench ## our own speed ratios, a minute
 bench-peers: $(VENV)/.installed-bench ## every bar, side by side with vLLM, transformers + peft and llama.cpp
 	$(BIN)/python benchmarks/run.py --peers
 
-bench-kernels: $(VENV)/.installed-bench ## the C++ kernels: their bars, table and plot, two minutes
+bench-kernels: $(VENV)/.installed-bench ## the C++ kernels: their bars, table and plot, two to four minutes
 	$(BIN)/python benchmarks/kernels_bench.py
 
 matrix: $(VENV)/.installed-dev ## every PEFT method on every architecture against peft

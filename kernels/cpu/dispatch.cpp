@@ -2,11 +2,13 @@
 //
 // A new kernel adds its signature below with MANYLORA_KERNEL, defines a function of that name in
 // namespace manylora::MANYLORA_ISA in its own source, and lists the source in CMakeLists.txt. Its
-// entry takes the arguments packed, 8 bytes each: int64_t, an address, or double.
+// entry takes the arguments packed, 8 bytes each: an integer as int64_t, an address, a float as
+// double.
 
 #include <stdint.h>
 #include <string.h>
 
+#include <type_traits>
 #include <utility>
 
 #if defined(MANYLORA_X86)
@@ -48,6 +50,7 @@ namespace manylora {
 
 template <class A>
 struct Packed {
+  static_assert(std::is_integral<A>::value);
   using type = int64_t;
 };
 template <class A>

@@ -4,7 +4,8 @@
 // panel are one AMX tile of B (16 rows of 64 bytes), each of its rows is one operand of vdpbf16ps,
 // and a shift and a mask make float32 of the evens and odds of any part of it.
 // Decoding is bound by the reading of W, so a task is a run of panels, and each weight is read once
-// for all rows of a decoding batch; for prefill panels lie in the cache while the rows pass by.
+// for all rows of a decoding batch (of very long rows, for as many as are widened at once); for
+// prefill panels lie in the cache while the rows pass by.
 //
 // An element of y is one accumulator's sum over ascending inputs, whatever the number of rows and
 // threads, so a row's bits do not depend on its neighbours.

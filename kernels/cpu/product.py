@@ -49,6 +49,7 @@ def packs(weight: torch.Tensor) -> bool:
         library.available()
         and weight.device.type == "cpu"
         and weight.dtype == torch.bfloat16
+        and weight.shape[1] > 0
         and weight.shape[1] % _DEPTH == 0
     )
 

@@ -12,7 +12,7 @@ constexpr int64_t kMostBytes = 4 << 20;  // of x, widened at once
 // Rows of a power of 2 would share their lines' places in the cache.
 MANYLORA_INLINE int64_t wide_stride(int64_t in) { return in + 16; }
 
-// How many whole tiles of widened rows have so many bytes.
+// Rows, in whole tiles, that have at least so many bytes when widened.
 MANYLORA_INLINE int64_t rows_of(int64_t bytes, int64_t in) {
   return round_up(bytes / (wide_stride(in) * static_cast<int64_t>(sizeof(float))) + 1, kRows);
 }

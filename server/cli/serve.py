@@ -32,9 +32,10 @@ def make_command() -> Callable[..., None]:
     def serve(**flags: Any) -> None:
         settings = load_settings({name: v for name, v in flags.items() if v is not None})
         gc.disable()  # takes a fifth of the time of importing, and finds next to nothing
-        from manylora.server.app import run
-
-        gc.enable()
+        try:
+            from manylora.server.app import run
+        finally:
+            gc.enable()
         run(settings)
 
     parameters = [_parameter(name, field) for name, field in Settings.model_fields.items()]

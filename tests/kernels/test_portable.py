@@ -148,7 +148,7 @@ def shared(tmp_path: Path) -> Iterator[Shared]:
 
 
 def bits_of(argument: float) -> int:
-    """Of a double, where it is not a whole number."""
+    """The 8 bytes of an argument, as `library.kernel` packs it."""
     kind = "d" if isinstance(argument, float) else "q"
     (bits,) = struct.unpack("q", struct.pack(kind, argument))
     return int(bits)
@@ -238,7 +238,9 @@ class Inputs:
             torch.randn(70, 64, generator=self._random).bfloat16(), cpu.HugeArena()
         )
         weight.panels = self.shared.put(weight.panels)
-        self.results += [cpu.linear(self.normal(n, 64), weight, self.normal(70)) for n in (3, 7)]
+        self.results += [
+            cpu.linear(self.normal(n, 64), weight, self.normal(70)) for n in (1, 2, 3, 7)
+        ]
 
     def train(self) -> None:
         stack = new_stack((5, 0, 16), (0.5, 1.0, -1.0))
@@ -255,8 +257,9 @@ class Inputs:
 @pytest.mark.skipif(not library.available(), reason=library.why_unavailable())
 @pytest.mark.usefixtures("generic")
 def test_on_aarch64(calls: list[Call], shared: Shared, tmp_path: Path) -> None:
-    """Every kernel in every dtype, on the same memory here and in the emulator: as much the same as
-    sums with fused multiply-adds are, which this machine's generic code has not."""
+    """Every kernel that stands by itself, in every dtype it has, on the same memory here and in the
+    emulator: as much the same as sums with fused multiply-adds are, which this machine's generic
+    code has not."""
     program, list_of_calls = tmp_path / "kernels", tmp_path / "calls"
     build(program, "-static", str(DRIVER))
     if EMULATOR is None:

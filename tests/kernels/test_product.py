@@ -86,6 +86,7 @@ def test_misfit() -> None:
     with pytest.raises(ValueError, match="found x"):
         cpu.linear(matrix(2, 64, 1).float(), packed)
     assert not cpu.packs(matrix(16, 40, 1))
+    assert not cpu.packs(matrix(16, 0, 1))
 
 
 def test_arena_hands_out_disjoint_memory() -> None:

@@ -19,7 +19,6 @@ from manylora.server.engine.model.step import StepInputs
 
 _LENGTHS = (7, 6)
 _FIRST, _SECOND = slice(0, 7), slice(7, 13)
-_FEW = 4
 _BLOCK = 16
 _EXPERTS_TOLERANCE = 0.3
 """Relative error (2-norm of a row of logits) allowed where rows share experts: how many rows an
@@ -32,7 +31,7 @@ def check_positions(model: PreTrainedModel) -> None:
 
     The model is as transformers loaded it. Infinite or NaN logits are refused, too.
     """
-    ids = _tokens(model, 0)[None, :_FEW]
+    ids = _tokens(model, 0)[None]
     positions = torch.arange(ids.shape[1], device=model.device)[None]
     by_default = model(input_ids=ids, use_cache=False).logits
     if not bool(by_default.isfinite().all()):

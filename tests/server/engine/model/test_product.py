@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -82,11 +83,21 @@ def test_a_base_in_8_bits_serves_adapters(tmp_path: Path) -> None:
         assert (found - other).norm() > 3 * (found - wanted).norm()
 
 
+@pytest.mark.parametrize("wrong", [torch.gt, torch.lt])
 def test_a_cpu_whose_products_are_wrong_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    wrong: Callable[[torch.Tensor, int], torch.Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    right = Int8Product.__call__
-    monkeypatch.setattr(Int8Product, "__call__", lambda *given: right(*given) * 0.51)
+    """Sums that pass 16 bits on one side only."""
+
+    def call(_: Int8Product, x: torch.Tensor) -> torch.Tensor:
+        y = x @ weights[-1].T
+        return torch.where(wrong(y, 0), y / 2, y)
+
+    weights: list[torch.Tensor] = []
+    monkeypatch.setattr(Int8Product, "__init__", lambda _, weight, __: weights.append(weight))
+    monkeypatch.setattr(Int8Product, "__call__", call)
     base = tiny_model("llama", tmp_path)
     with pytest.raises(FailedPrecondition) as caught:
         load_base(base, "float32", CPU, kernels.select(CPU), quantization="int8")
