@@ -50,14 +50,14 @@ static float finish_scores(const AttentionLayer& layer, float slope, int64_t dis
   static const float kRamp[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   const Vec ramp = load(kRamp), nothing = splat(-kInfinity);
   const Vec first = splat(static_cast<float>(keys.lo)), last = splat(static_cast<float>(keys.hi));
-  const bool masked = keys.lo > begin || keys.hi < end;
+  const Vec scale = splat(layer.scale), cap = splat(layer.softcap);
+  const bool masked = keys.lo > begin || keys.hi < end, capped = layer.softcap > 0.0f;
+  const bool sloped = layer.slopes != nullptr;
   Vec highest = splat(top);
   for (int64_t i = begin; i < end; i += kLanes) {
-    Vec x = mul(load(scores + i), splat(layer.scale));
-    if (layer.softcap > 0.0f) {
-      x = mul(tanh(mul(x, splat(1.0f / layer.softcap))), splat(layer.softcap));
-    }
-    if (layer.slopes != nullptr) {
+    Vec x = mul(load(scores + i), scale);
+    if (capped) x = mul(tanh(mul(x, splat(1.0f / layer.softcap))), cap);
+    if (sloped) {
       x = fma(splat(slope), add(splat(static_cast<float>(distance + i)), ramp), x);
     }
     if (masked) {
