@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from kernels_timing import DTYPE, READ_BYTES, Call, Ring, medians
+from kernels_timing import DTYPE, READ_BYTES, Call, Ring, medians, takes_bfloat16
 
 from manylora import kernels
 from manylora.kernels import cpu
@@ -115,16 +115,11 @@ def base_products(rows: int, in_size: int, out_size: int) -> list[Call]:
     x, w = torch.randn(rows, in_size).to(DTYPE), torch.randn(out_size, in_size).to(DTYPE)
     ours = cpu.PackedWeight(w, cpu.HugeArena())
     calls: list[Call] = [lambda _: cpu.linear(x, ours), lambda _: F.linear(x, w)]
-    if hasattr(torch.ops.mkldnn, "_reorder_linear_weight") and _takes_bfloat16():
+    if hasattr(torch.ops.mkldnn, "_reorder_linear_weight") and takes_bfloat16():
         packed = torch.ops.mkldnn._reorder_linear_weight(w, rows)
         linear = torch.ops.mkldnn._linear_pointwise
         calls.append(lambda _: linear(x, packed, None, "none", [], ""))
     return calls
-
-
-def _takes_bfloat16() -> bool:
-    """Whether oneDNN multiplies bfloat16 on this machine, as it was told to see it."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 @dataclass(slots=True, frozen=True)

@@ -94,3 +94,8 @@ def medians(calls: Sequence[Call], budget: float, most: int = 1 << 20) -> list[f
                 call(turn)
                 found.append(time.perf_counter() - start)
     return [statistics.median(found) for found in times]
+
+
+def takes_bfloat16() -> bool:
+    """Whether oneDNN multiplies bfloat16 on this machine, as it was told to see it."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -27,7 +27,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from in_process import answer, settings_for
+from kernels_timing import takes_bfloat16
 from paths import Places
 from peers.protocol import Batch, Spec
 from rich.box import MARKDOWN
@@ -111,7 +113,8 @@ class Clock:
 
 @dataclass(slots=True)
 class Machine:
-    """bytes/s read from memory; bfloat16 operations/s."""
+    """bytes/s read from memory; operations/s, in bfloat16 or, where oneDNN has no such product, in
+    float32."""
 
     reads: float
     computes: float
@@ -119,10 +122,10 @@ class Machine:
     @classmethod
     def measure(cls) -> Machine:
         block = cpu.huge_empty([64 << 20], torch.int64).fill_(1)
-        x, w = torch.ones(2048, 2048).bfloat16(), torch.ones(2048, 2048).bfloat16()
+        x = torch.ones(2048, 2048, dtype=torch.bfloat16 if takes_bfloat16() else torch.float32)
         return cls(
             block.nbytes / best_seconds(block.sum),
-            2 * 2048**3 / best_seconds(lambda: x @ w),
+            2 * 2048**3 / best_seconds(lambda: F.linear(x, x)),
         )
 
     def better(self, other: Machine) -> Machine:
