@@ -237,7 +237,7 @@ def split(
 def table(found: list[Parts], machine: Machine) -> Table:
     title = (
         f"decode step, ms; memory {machine.reads / 1e9:.1f} GB/s,"
-        f" bfloat16 {machine.computes / 1e9:.0f} GFLOP/s"
+        f" products {machine.computes / 1e9:.0f} GFLOP/s"
     )
     result = Table("rows", "adapters", "step", *PARTS, "floor", "step / floor", title=title)
     for p in found:
