@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import urllib.request
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,11 +10,13 @@ from bars import COLD, OVER_GRPC, OVERHEAD_MIB, RESIDENT, START_SECONDS
 from contender import ContenderError, resident_bytes
 from peers.protocol import Batch, Spec
 from phases import Bench, Entry, batch_of, record_of
+from prometheus_client.parser import text_string_to_metric_families
 from records import Figure
-from workloads import WORKLOADS, kv_bytes, pool_bytes
+from workloads import WORKLOADS, kv_bytes
 
 DISTINCT = Entry(OVER_GRPC, {"distinct-32": 1})
 STARTS = 3
+POOL_USED = "manylora_adapter_pool_used_bytes"
 ROUNDS = 3  # of all adapters, each cold and then resident
 
 
@@ -36,7 +39,8 @@ def _start_and_memory(bench: Bench) -> None:
     try:
         start = Figure(START_SECONDS, server.about["server_seconds"])
         server.run(batch_of(WORKLOADS["distinct-32"], bench.vocab))
-        above = resident_bytes(server.about["server"]) - accounted_bytes(spec)
+        holds = accounted_bytes(spec) + adapter_bytes(server.about["metrics"])
+        above = resident_bytes(server.about["server"]) - holds
     finally:
         server.stop()
     overhead = Figure(OVERHEAD_MIB, above / 2**20)
@@ -46,11 +50,17 @@ def _start_and_memory(bench: Bench) -> None:
 
 
 def accounted_bytes(spec: Spec) -> int:
-    """What a server must hold: weights, KV cache and adapter pool."""
+    """What a server must hold beside adapters: weights and KV cache."""
     model = Path(spec.model)
     weights = sum(file.stat().st_size for file in model.glob("*.safetensors"))
-    pool = pool_bytes([Path(adapter) for adapter in spec.adapters], spec.resident)
-    return weights + kv_bytes(model, spec.sequences * spec.context) + pool
+    return weights + kv_bytes(model, spec.sequences * spec.context)
+
+
+def adapter_bytes(metrics: str) -> int:
+    """Of the adapters that are resident, as the server itself counts them."""
+    with urllib.request.urlopen(metrics) as answer:
+        families = text_string_to_metric_families(answer.read().decode())
+    return int(next(f for f in families if f.name == POOL_USED).samples[0].value)
 
 
 def _cold_adapters(bench: Bench) -> None:

@@ -28,10 +28,11 @@ STOP_SECONDS = 20
 
 @dataclass(slots=True)
 class Server:
-    """seconds: from the process's start to health's SERVING."""
+    """metrics: where it tells them. seconds: from the process's start to health's SERVING."""
 
     process: subprocess.Popen[str]
     address: str
+    metrics: str
     seconds: float
 
     def stop(self) -> None:
@@ -67,12 +68,13 @@ def start_server(arguments: Sequence[str]) -> Server:
     line = process.stdout.readline() if process.stdout is not None else ""
     if not line:
         raise Unavailable("the server did not start", found=f"exit code {process.wait()}")
-    address = json.loads(line)["grpc"]
+    ready = json.loads(line)
+    address = ready["grpc"]
     with grpc.insecure_channel(address) as channel:
         answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
     if answer.status != health_pb2.HealthCheckResponse.SERVING:
         raise Unavailable("the server is not healthy", found=answer.status)
-    return Server(process, address, time.perf_counter() - begin)
+    return Server(process, address, f"{ready['http']}/metrics", time.perf_counter() - begin)
 
 
 def publish(address: str, folders: Sequence[str]) -> list[str]:
@@ -118,7 +120,8 @@ def start(spec: Spec) -> tuple[Run, Mapping[str, Any]]:
     def run(batch: Batch) -> Outcome:
         return loop.run(answer(client, batch, names))
 
-    return run, {"server": server.process.pid, "server_seconds": server.seconds}
+    about = {"server": server.process.pid, "metrics": server.metrics}
+    return run, {**about, "server_seconds": server.seconds}
 
 
 if __name__ == "__main__":

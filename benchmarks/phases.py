@@ -69,7 +69,8 @@ class Bench:
     def start(self, entry: Entry, spec: Spec) -> Contender:
         self.say(f"{entry.contender}: starting")
         contender = Contender.start(entry.contender, self.command(entry.contender), spec)
-        self.say(f"{entry.contender}: ready in {contender.start_seconds:.1f} s")
+        told = ", ".join(f"{name} {value}" for name, value in contender.about.items())
+        self.say(f"{entry.contender}: ready in {contender.start_seconds:.1f} s ({told})")
         return contender
 
 
@@ -171,9 +172,18 @@ QUICK = (
 RANK_16 = (
     Entry(
         OURS,
-        {"single-base": 5, "single-adapter": 5, "base-32": 5, "shared-32": 3, "distinct-32": 5},
+        {
+            **{"single-base": 5, "single-adapter": 5, "base-32": 5, "shared-32": 3},
+            **{"distinct-32": 5, "distinct-8": 2},
+        },
     ),
-    Entry(OVER_GRPC, {"single-base": 3, "single-adapter": 3, "base-32": 3, "distinct-32": 5}),
+    Entry(
+        OVER_GRPC,
+        {
+            **{"single-base": 3, "single-adapter": 3, "base-32": 3, "shared-32": 2},
+            "distinct-32": 5,
+        },
+    ),
     Entry(VLLM, {"single-base": 5, "base-32": 3}),
     Entry(VLLM_LORA, {"single-adapter": 2, "distinct-32": 2}, full_warm_up=False),
     Entry(
@@ -181,18 +191,20 @@ RANK_16 = (
         {"single-base": 2, "single-adapter": 2, "base-32": 2, "distinct-32": 2},
         full_warm_up=False,
     ),
-    Entry(PEFT_SERIAL, {"distinct-8": 1}, full_warm_up=False),
+    Entry(PEFT_SERIAL, {"distinct-8": 2}, full_warm_up=False),
     Entry(LLAMA, {"single-base": 2, "base-32": 2}, full_warm_up=False),
 )
 
 MIXED = (
     Entry(OURS, {"mixed-rank-32": 3}),
+    Entry(OVER_GRPC, {"mixed-rank-32": 2}),
     Entry(VLLM_LORA, {"mixed-rank-32": 2}, full_warm_up=False),
 )
 
 ZIPF = (
     Entry(OURS, {"zipf-128": 2}, full_warm_up=False),
     Entry(OURS, {"zipf-128-roomy": 2}, full_warm_up=False),
+    Entry(OVER_GRPC, {"zipf-128": 2}, full_warm_up=False),
 )
 
 REGISTERED = tuple(Entry(OURS, {f"registered-{count}": 2}, full_warm_up=False) for count in COUNTS)

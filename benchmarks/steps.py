@@ -2,8 +2,8 @@
 
     python benchmarks/steps.py [--model DIRECTORY] [--out DIRECTORY]
 
-A step is timed by the engine. Within it, the calls that run the decoder's layers and the head are
-timed where they are made; the rest is the host's. Of the layers' time:
+A step is timed from the end of the one before it. Within it, the calls that run the decoder's
+layers and the head are timed where they are made; the rest is the host's. Of the layers' time:
 
 edits            what the same rows cost more with adapters than without
 attention        what they cost more after 128 tokens than after one
@@ -76,14 +76,15 @@ class Clock:
     them; all run on the engine's thread."""
 
     def __init__(self) -> None:
-        self.layers = self.head = 0.0
+        self.layers = self.head = self.ended = 0.0
         self.steps: list[tuple[int, Timed]] = []
         self._time(cpu.DecoderLayers, "run_", "layers")
         self._time(FusedHead, "product", "head")
 
     def on_step(self, record: StepRecord) -> None:
-        timed = Timed(record.seconds, self.layers, self.head)
-        self.steps.append((record.rows, timed))
+        now = time.perf_counter()
+        self.steps.append((record.rows, Timed(now - self.ended, self.layers, self.head)))
+        self.ended = now
         self.layers = self.head = 0.0
 
     def on_request(self, record: RequestRecord) -> None:

@@ -24,7 +24,8 @@ class AttentionBatch:
     context: int32 [seqs], KV length of each sequence, this step's rows included.
     block_table: int32 [seqs, max_blocks], cache block of the sequence's positions
         ``i * block_size`` onward. Entries that no row sees are never followed.
-    slot_mapping: int64 [rows], ``block * block_size + offset`` where the row's K and V are kept.
+    slot_mapping: int64 [rows], ``block * block_size + offset`` where the row's K and V are kept;
+        on a GPU -1 for a row that keeps none.
     decodes, chunks: how many sequences have one row, and several, or None where the maker does not
         know; so that no kernel starts for nothing.
     words: int64, the four tensors' addresses, seqs, rows, max_blocks; address: of the words

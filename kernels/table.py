@@ -53,7 +53,7 @@ class SliceGroup:
 
 
 class _HostView(ctypes.Structure):
-    """The table as the C++ kernels see it (`EditTable` in kernels/cpu/edits.cpp)."""
+    """The table as the C++ kernels see it (`Table` in kernels/cpu/edit_job.h)."""
 
     _fields_ = (
         ("slots", ctypes.c_int64),
@@ -159,6 +159,8 @@ class EditTable:
         rank: npt.NDArray[np.int32] | np.int32,
         in_scaled: npt.NDArray[np.bool_] | np.bool_,
     ) -> None:
+        if (self.ranks[slot] == rank).all() and (self.in_scaled[slot] == in_scaled).all():
+            return
         self.ranks[slot] = rank
         self._max_ranks = self.ranks.max(axis=0).tolist()
         self.in_scaled[slot] = in_scaled

@@ -31,7 +31,7 @@ class Spec:
     resident: int = 0
     sequences: int = 32
     context: int = 192
-    threads: int = 2
+    threads: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
 
 
 @dataclass

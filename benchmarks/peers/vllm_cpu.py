@@ -76,7 +76,7 @@ def start(spec: Spec) -> tuple[Run, dict[str, Any]]:
             [f + s.last_token_ts - s.first_token_ts for f, s in zip(first, stats, strict=True)],
         )
 
-    return run, {"version": vllm.__version__}
+    return run, {"version": vllm.__version__, "preloads": list(map(os.path.basename, preloads()))}
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ MANYLORA_INLINE Vec gelu_tanh(Vec x) {
 
 // x Phi(x), from the tail Phi(-|x|)
 MANYLORA_INLINE Vec gelu_erf(Vec x) {
-  const Vec tail = mul(x, normal_tail(x));
-  return select_below(x, zero(), tail, sub(x, tail));
+  const Vec tail = normal_tail(x), finite = min(splat(3e38f), x);
+  return select_below(x, zero(), mul(x, tail), sub(x, mul(finite, tail)));
 }
 
 // An exponential and a division, in elements of a norm.
@@ -46,7 +46,7 @@ enum Activation : int64_t { kSilu = 0, kGeluTanh = 1, kGeluErf = 2 };
 
 void act_mul(void* out, const void* x, int64_t x_stride, int64_t rows, int64_t size,
              int64_t activation, int64_t dtype) {
-  const auto run = [&](auto t) {
+  with_type(dtype, [&](auto t) {
     using T = decltype(t);
     T* const to = static_cast<T*>(out);
     const T* const from = static_cast<const T*>(x);
@@ -55,10 +55,7 @@ void act_mul(void* out, const void* x, int64_t x_stride, int64_t rows, int64_t s
       case kGeluTanh: return gate_rows(to, from, x_stride, rows, size, gelu_tanh);
       default: return gate_rows(to, from, x_stride, rows, size, gelu_erf);
     }
-  };
-  if (dtype == kFloat32) return run(float());
-  if (dtype == kFloat16) return run(f16());
-  run(bf16());
+  });
 }
 
 }  // namespace MANYLORA_ISA

@@ -178,11 +178,7 @@ void paged_attention(void* out, const void* q, int64_t q_row_stride, int64_t q_h
                      const void* k_cache, const void* v_cache, const Batch* batch,
                      const AttentionLayer* layer) {
   const Call call = {batch, layer, q, q_row_stride, q_head_stride, k_cache, v_cache, out};
-  switch (layer->dtype) {
-    case kFloat32: return run<float>(call);
-    case kFloat16: return run<f16>(call);
-    default: return run<bf16>(call);
-  }
+  with_type(layer->dtype, [&](auto t) { run<decltype(t)>(call); });
 }
 
 }  // namespace MANYLORA_ISA

@@ -13,6 +13,7 @@ from manylora.kernels.attention import AttentionBatch
 from manylora.kernels.cpu import library
 from manylora.kernels.cpu.attention import Layer
 from manylora.kernels.cpu.product import PackedWeight
+from manylora.kernels.cpu.small import ACTIVATIONS
 from manylora.kernels.plan import Plan
 from manylora.kernels.table import EditTable, SliceGroup
 
@@ -78,19 +79,22 @@ class _Step(ctypes.Structure):
 
 
 class DecoderLayers:
-    """The layers as the kernel reads them. activation: 0 SiLU, 1 GELU by tanh, 2 GELU. eps,
-    offset: of all norms, as `rms_norm`'s."""
+    """The layers as the kernel reads them. activation: of `ACTIVATIONS`. eps, offset: of all norms,
+    as `rms_norm`'s. Raises ValueError for layers that do not fit each other."""
 
     def __init__(
-        self, layers: Sequence[DecoderLayer], activation: int, eps: float, offset: float
+        self, layers: Sequence[DecoderLayer], activation: str, eps: float, offset: float
     ) -> None:
         self._layers = tuple(layers)  # keeps alive what the array points at
         self._array = (_Layer * len(self._layers))(*map(_words, self._layers))
-        self._fixed = (activation, eps, offset)
+        self._fixed = (ACTIVATIONS[activation], eps, offset)
         self._rotaries = 1 + max(layer.rotary for layer in self._layers)
-        qkv, o, gate_up, down = (p.weight for p in self._layers[0].projections)
-        hidden = qkv.in_size
-        self._widths = (hidden, hidden, qkv.out_size, o.in_size, gate_up.out_size, down.in_size)
+        groups = [p.group for layer in self._layers for p in layer.projections]
+        self._max_module = max(group.max_module for group in groups)
+        self._max_half = min(layer.attention.head_dim for layer in self._layers) // 2
+        self._widths = _widths(self._layers[0])
+        if any(_widths(layer) != self._widths for layer in self._layers):
+            raise ValueError("decoder_layers: found layers of several sizes; wanted one")
 
     def run_(
         self,
@@ -103,7 +107,7 @@ class DecoderLayers:
         batch: AttentionBatch,
     ) -> None:
         """One step, x in place; writes the rows' keys and values. No row's adapter may scale a
-        module's input: products are taken of x as it is.
+        module's input: products are taken of x as it is. table has a column for each module.
 
         Args:
             x: bfloat16 [rows, hidden]. cos, sin: float32 [rotary embeddings, rows, half].
@@ -120,17 +124,21 @@ class DecoderLayers:
             or not sin.is_contiguous()
             or cos.shape != sin.shape
             or cos.shape[:2] != (self._rotaries, rows)
+            or cos.shape[2] > self._max_half
             or cos.dtype != torch.float32
             or sin.dtype != torch.float32
             or rows != batch.rows
             or rows != plan.rows
             or plan.max_slot >= table.slots
+            or (not plan.empty and self._max_module >= table.modules)
+            or pool.dtype != torch.bfloat16
         ):
             raise ValueError(
                 f"decoder_layers: wanted x bfloat16 [{batch.rows}, {self._widths[0]}], cos and sin "
                 f"float32 [{self._rotaries}, {batch.rows}, half]; found x {tuple(x.shape)} "
                 f"{x.dtype}, cos {tuple(cos.shape)} {cos.dtype}, plan of {plan.rows} rows and "
-                f"slots to {plan.max_slot}, table of {table.slots} slots"
+                f"slots to {plan.max_slot}, table of {table.slots} slots and {table.modules} "
+                f"modules, pool {pool.dtype}"
             )
         buffers = [torch.empty(rows, width, dtype=torch.bfloat16) for width in self._widths]
         activation, eps, offset = self._fixed
@@ -150,6 +158,20 @@ class DecoderLayers:
             offset,
         )
         _decoder_layers(ctypes.addressof(step), ctypes.addressof(self._array), len(self._array))
+
+
+def _widths(layer: DecoderLayer) -> tuple[int, ...]:
+    """Of a step's buffers. Raises ValueError for a layer whose parts do not fit each other."""
+    qkv, o, gate_up, down = (p.weight for p in layer.projections)
+    call, hidden = layer.attention, qkv.in_size
+    wanted = (
+        *((call.heads + 2 * call.kv_heads) * call.head_dim, call.heads * call.head_dim),
+        *(hidden, hidden, 2 * down.in_size, hidden),
+    )
+    found = (qkv.out_size, o.in_size, o.out_size, gate_up.in_size, gate_up.out_size, down.out_size)
+    if found != wanted:
+        raise ValueError(f"decoder_layers: found sizes {found}; wanted {wanted}")
+    return hidden, hidden, qkv.out_size, o.in_size, gate_up.out_size, down.in_size
 
 
 def _words(layer: DecoderLayer) -> _Layer:

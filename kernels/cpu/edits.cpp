@@ -39,9 +39,11 @@ constexpr int64_t kPieceRanks = 8;
 constexpr int64_t kPieceRows = 16;
 constexpr int64_t kPieceColumns = 256, kPieceColumnsOneRow = 1024;
 
+// In whole cache lines.
 template <class E>
 E* allocate(int64_t count) {
-  E* memory = static_cast<E*>(malloc(static_cast<size_t>(count) * sizeof(E) + 1));
+  const size_t bytes = static_cast<size_t>(count) * sizeof(E);
+  E* memory = static_cast<E*>(aligned_alloc(64, (bytes + 64) / 64 * 64));
   if (memory == nullptr) abort();
   return memory;
 }
@@ -273,40 +275,29 @@ void scale_rows_of(T* out, const T* x, int64_t x_stride, int64_t in, const T* po
   }
 }
 
-template <class T>
-void apply_as(void* y, int64_t y_stride, const void* x, int64_t x_stride, int64_t in,
-              const void* pool, const int32_t* group, const void* table, const int32_t* plan) {
-  const Tensors<T> tensors = {static_cast<T*>(y), y_stride, static_cast<const T*>(x),
-                              x_stride, in, static_cast<const T*>(pool)};
-  run(tensors, Group(group), *static_cast<const Table*>(table), Plan(plan));
-}
-
-template <class T>
-void scale_as(void* out, const void* x, int64_t x_stride, int64_t in, const void* pool,
-              int32_t module, const void* table, const int32_t* plan) {
-  scale_rows_of(static_cast<T*>(out), static_cast<const T*>(x), x_stride, in,
-                static_cast<const T*>(pool), module, *static_cast<const Table*>(table), Plan(plan));
-}
-
 }  // namespace
 
 // y [rows, out] in place and x [rows, in], strides in elements; see kernels/reference.py.
 void apply_edits(void* y, int64_t y_stride, const void* x, int64_t x_stride, int64_t in,
                  int32_t dtype, const void* pool, const int32_t* group, const void* table,
                  const int32_t* plan) {
-  auto* apply = dtype == kFloat32   ? apply_as<float>
-                : dtype == kFloat16 ? apply_as<f16>
-                                    : apply_as<bf16>;
-  apply(y, y_stride, x, x_stride, in, pool, group, table, plan);
+  with_type(dtype, [&](auto t) {
+    using T = decltype(t);
+    const Tensors<T> tensors = {static_cast<T*>(y), y_stride, static_cast<const T*>(x),
+                                x_stride, in, static_cast<const T*>(pool)};
+    run(tensors, Group(group), *static_cast<const Table*>(table), Plan(plan));
+  });
 }
 
 // out [rows, in] contiguous = in_scale * x for the rows that have one; the others are not written.
 void scale_rows(void* out, const void* x, int64_t x_stride, int64_t in, int32_t dtype,
                 const void* pool, int32_t module, const void* table, const int32_t* plan) {
-  auto* scale = dtype == kFloat32   ? scale_as<float>
-                : dtype == kFloat16 ? scale_as<f16>
-                                    : scale_as<bf16>;
-  scale(out, x, x_stride, in, pool, module, table, plan);
+  with_type(dtype, [&](auto t) {
+    using T = decltype(t);
+    scale_rows_of(static_cast<T*>(out), static_cast<const T*>(x), x_stride, in,
+                  static_cast<const T*>(pool), module, *static_cast<const Table*>(table),
+                  Plan(plan));
+  });
 }
 
 }  // namespace MANYLORA_ISA

@@ -26,15 +26,13 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     """The library, or None and why not."""
     try:
         library = ctypes.CDLL(str(_PATH))
-    except OSError as error:
+        torch_library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        pool = (torch_library.torch_parallel_for, torch_library.torch_get_num_threads)
+    except (OSError, AttributeError) as error:
         return None, f"the C++ kernels were not built or cannot be loaded ({error})"
     library.manylora_isa_name.restype = ctypes.c_char_p
-    torch_library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
     library.manylora_set_pool.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
-    library.manylora_set_pool(
-        ctypes.cast(torch_library.torch_parallel_for, ctypes.c_void_p),
-        ctypes.cast(torch_library.torch_get_num_threads, ctypes.c_void_p),
-    )
+    library.manylora_set_pool(*(ctypes.cast(part, ctypes.c_void_p) for part in pool))
     return library, ""
 
 

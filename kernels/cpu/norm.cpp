@@ -83,20 +83,17 @@ static void layer_rows(T* out, const T* x, int64_t x_stride, T* residual, const 
 
 void rms_norm(void* out, const void* x, int64_t x_stride, void* residual, const void* weight,
               int64_t rows, int64_t size, float eps, float offset, int64_t dtype) {
-  const auto run = [&](auto t) {
+  with_type(dtype, [&](auto t) {
     using T = decltype(t);
     rms_rows(static_cast<T*>(out), static_cast<const T*>(x), x_stride, static_cast<T*>(residual),
              static_cast<const T*>(weight), rows, size, eps, offset);
-  };
-  if (dtype == kFloat32) return run(float());
-  if (dtype == kFloat16) return run(f16());
-  run(bf16());
+  });
 }
 
 // x [rows, heads, head_dim] in place, each head by itself; x_stride: of a row.
 void rms_norm_heads(void* x, int64_t x_stride, const void* weight, int64_t rows, int64_t heads,
                     int64_t head_dim, float eps, float offset, int64_t dtype) {
-  const auto run = [&](auto t) {
+  with_type(dtype, [&](auto t) {
     using T = decltype(t);
     each_row(rows, heads * head_dim, [&](int64_t row) {
       T* const first = static_cast<T*>(x) + row * x_stride;
@@ -104,22 +101,16 @@ void rms_norm_heads(void* x, int64_t x_stride, const void* weight, int64_t rows,
         rms_row(head, head, static_cast<const T*>(weight), head_dim, eps, offset);
       }
     });
-  };
-  if (dtype == kFloat32) return run(float());
-  if (dtype == kFloat16) return run(f16());
-  run(bf16());
+  });
 }
 
 void layer_norm(void* out, const void* x, int64_t x_stride, void* residual, const void* weight,
                 const void* bias, int64_t rows, int64_t size, float eps, int64_t dtype) {
-  const auto run = [&](auto t) {
+  with_type(dtype, [&](auto t) {
     using T = decltype(t);
     layer_rows(static_cast<T*>(out), static_cast<const T*>(x), x_stride, static_cast<T*>(residual),
                static_cast<const T*>(weight), static_cast<const T*>(bias), rows, size, eps);
-  };
-  if (dtype == kFloat32) return run(float());
-  if (dtype == kFloat16) return run(f16());
-  run(bf16());
+  });
 }
 
 }  // namespace MANYLORA_ISA

@@ -96,9 +96,7 @@ void pack_matrix(const Matrix& m, T* to) {
 
 template <class T>
 void pack_from(const Matrix& m, T* to) {
-  if (m.dtype == kFloat32) return pack_matrix<float>(m, to);
-  if (m.dtype == kFloat16) return pack_matrix<f16>(m, to);
-  pack_matrix<bf16>(m, to);
+  with_type(m.dtype, [&](auto t) { pack_matrix<decltype(t)>(m, to); });
 }
 
 int64_t numel(const Matrix& m) { return round_up(m.lines, m.unit) * round_up(m.columns, m.depth); }
@@ -135,9 +133,9 @@ void pack_all(T* buffer, Matrix* matrices, int64_t count, int64_t* end) {
 
 void pack(void* buffer, int64_t dtype, void* matrices, int64_t count, int64_t* end) {
   Matrix* const all = static_cast<Matrix*>(matrices);
-  if (dtype == kFloat32) return pack_all(static_cast<float*>(buffer), all, count, end);
-  if (dtype == kFloat16) return pack_all(static_cast<f16*>(buffer), all, count, end);
-  pack_all(static_cast<bf16*>(buffer), all, count, end);
+  with_type(dtype, [&](auto t) {
+    pack_all(static_cast<decltype(t)*>(buffer), all, count, end);
+  });
 }
 
 }  // namespace MANYLORA_ISA

@@ -152,7 +152,7 @@ static void as_team(const Program& program) {
   if (region.shared.leaders == 0) program();
 }
 
-// Runs job with the numbers of the workers, on at most so many threads.
+// Runs job with the numbers of the workers, on at most so many threads; in a team, on all of it.
 static inline void on_threads(RangeFn job, int64_t workers, void* context) {
   if (team != nullptr) return run_job(*team, job, context);
   if (pool.parallel_for(0, workers, 1, job, context) != 0) job(0, 0, context);

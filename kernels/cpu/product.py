@@ -32,7 +32,8 @@ class PackedWeight:
             self._fill(self.panels[whole:], last)
 
     def _fill(self, panels: torch.Tensor, weight: torch.Tensor) -> None:
-        panels.copy_(weight.view(-1, _PANEL, self.in_size // 2, 2).transpose(1, 2))
+        pairs = weight.contiguous().view(torch.int32).view(-1, _PANEL, self.in_size // 2)
+        panels.view(torch.int32).squeeze(-1).copy_(pairs.transpose(1, 2))
 
     def unpack(self, start: int = 0, size: int | None = None) -> torch.Tensor:
         """Rows of the weight again: a copy, [size, in]."""

@@ -49,15 +49,12 @@ static void rotary_rows(T* qkv, int64_t stride, const float* cos, const float* s
 void rotary_write_kv(void* qkv, int64_t stride, const void* cos, const void* sin, int64_t half,
                      void* k_cache, void* v_cache, const Batch* batch,
                      const AttentionLayer* layer) {
-  const auto run = [&](auto t) {
+  with_type(layer->dtype, [&](auto t) {
     using T = decltype(t);
     rotary_rows(static_cast<T*>(qkv), stride, static_cast<const float*>(cos),
                 static_cast<const float*>(sin), half, static_cast<T*>(k_cache),
                 static_cast<T*>(v_cache), *batch, *layer);
-  };
-  if (layer->dtype == kFloat32) return run(float());
-  if (layer->dtype == kFloat16) return run(f16());
-  run(bf16());
+  });
 }
 
 }  // namespace MANYLORA_ISA

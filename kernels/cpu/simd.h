@@ -8,8 +8,7 @@
 //        fma(a, b, c) = a * b + c   sum(v)   max_lane(v)
 //        round(x): to the nearest integer, |x| < 2^22   select_below(a, b, x, y) = a < b ? x : y
 //        times_power_of_2(x, n): x * 2^n for an integral n of -126 to 128
-//        transpose(rows): rows[i][j] = rows[j][i] of kLanes vectors
-//        p: float, f16 or bf16; n < kLanes elements, the other lanes are 0 and memory is not read
+//        p: float, f16 or bf16; n <= kLanes elements, the other lanes are 0 and memory is not read
 //   Operand<T>: what a dot product of T takes at once: kDepth<T> elements a lane, so that bf16
 //        pairs can go to vdpbf16ps as they are. load_operand<T>(p), load_operand<T>(p, n),
 //        broadcast<T>(hidden), dot(acc, a, b). Hidden<T>: how the low-rank activation h is kept.
@@ -179,6 +178,14 @@ struct Load<bf16> {
   MANYLORA_INLINE Operand<bf16> lane(const float* h) { return {splat(h[0]), splat(h[1])}; }
 };
 #endif
+
+// Calls visit with a value of the type that a `DType` names.
+template <class Visit>
+MANYLORA_INLINE void with_type(int64_t dtype, const Visit& visit) {
+  if (dtype == kFloat32) return visit(float());
+  if (dtype == kFloat16) return visit(f16());
+  visit(bf16());
+}
 
 // Operand of kStep elements of a row of x or A, or of kLanes columns of a packed B.
 template <class T>

@@ -88,23 +88,6 @@ MANYLORA_INLINE Vec times_power_of_2(Vec x, Vec n) {
 MANYLORA_INLINE Vec select_below(Vec a, Vec b, Vec x, Vec y) {
   return {_mm256_blendv_ps(y.v, x.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))};
 }
-MANYLORA_INLINE void transpose(Vec (&rows)[8]) {
-  __m256 pairs[8], fours[8];  // of rows, within each 128-bit part
-  for (int i = 0; i < 8; i += 2) {
-    pairs[i] = _mm256_unpacklo_ps(rows[i].v, rows[i + 1].v);
-    pairs[i + 1] = _mm256_unpackhi_ps(rows[i].v, rows[i + 1].v);
-  }
-  for (int i = 0; i < 8; i += 4) {
-    for (int j = 0; j < 2; ++j) {
-      fours[i + 2 * j] = _mm256_shuffle_ps(pairs[i + j], pairs[i + j + 2], 0x44);
-      fours[i + 2 * j + 1] = _mm256_shuffle_ps(pairs[i + j], pairs[i + j + 2], 0xee);
-    }
-  }
-  for (int i = 0; i < 4; ++i) {
-    rows[i].v = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x20);
-    rows[i + 4].v = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x31);
-  }
-}
 
 }  // namespace MANYLORA_ISA
 }  // namespace manylora

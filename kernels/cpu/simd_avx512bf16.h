@@ -74,30 +74,6 @@ MANYLORA_INLINE Vec times_power_of_2(Vec x, Vec n) { return {_mm512_scalef_ps(x.
 MANYLORA_INLINE Vec select_below(Vec a, Vec b, Vec x, Vec y) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), y.v, x.v)};
 }
-MANYLORA_INLINE void transpose(Vec (&rows)[16]) {
-  __m512 pairs[16], fours[16];  // of rows, within each 128-bit part
-  for (int i = 0; i < 16; i += 2) {
-    pairs[i] = _mm512_unpacklo_ps(rows[i].v, rows[i + 1].v);
-    pairs[i + 1] = _mm512_unpackhi_ps(rows[i].v, rows[i + 1].v);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    for (int j = 0; j < 2; ++j) {
-      const __m512d low = _mm512_castps_pd(pairs[i + j]), high = _mm512_castps_pd(pairs[i + j + 2]);
-      fours[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
-      fours[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
-    }
-  }
-  for (int i = 0; i < 4; ++i) {
-    const __m512 a = _mm512_shuffle_f32x4(fours[i], fours[i + 4], 0x88);
-    const __m512 b = _mm512_shuffle_f32x4(fours[i], fours[i + 4], 0xdd);
-    const __m512 c = _mm512_shuffle_f32x4(fours[i + 8], fours[i + 12], 0x88);
-    const __m512 d = _mm512_shuffle_f32x4(fours[i + 8], fours[i + 12], 0xdd);
-    rows[i].v = _mm512_shuffle_f32x4(a, c, 0x88);
-    rows[i + 4].v = _mm512_shuffle_f32x4(b, d, 0x88);
-    rows[i + 8].v = _mm512_shuffle_f32x4(a, c, 0xdd);
-    rows[i + 12].v = _mm512_shuffle_f32x4(b, d, 0xdd);
-  }
-}
 
 }  // namespace MANYLORA_ISA
 }  // namespace manylora

@@ -84,15 +84,6 @@ MANYLORA_INLINE Vec times_power_of_2(Vec x, Vec n) {
   return x;
 }
 MANYLORA_INLINE Vec select_below(Vec a, Vec b, Vec x, Vec y) { return {a.v < b.v ? x.v : y.v}; }
-MANYLORA_INLINE void transpose(Vec (&rows)[kLanes]) {
-  for (int i = 0; i < kLanes; ++i) {
-    for (int j = 0; j < i; ++j) {
-      const float x = rows[i].v[j];
-      rows[i].v[j] = rows[j].v[i];
-      rows[j].v[i] = x;
-    }
-  }
-}
 
 }  // namespace MANYLORA_ISA
 }  // namespace manylora

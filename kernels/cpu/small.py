@@ -9,7 +9,8 @@ from manylora.kernels.cpu import library
 from manylora.kernels.cpu.attention import layer
 
 _DTYPES = library.DTYPES
-_ACTIVATIONS = {"silu": 0, "tanh": 1, "none": 2}
+ACTIVATIONS = {"silu": 0, "tanh": 1, "none": 2}
+"""SiLU, and GELU's approximations; `Activation` in activation.cpp."""
 
 _rms_norm = library.kernel("rms_norm", "7q2dq")
 _layer_norm = library.kernel("layer_norm", "8qdq")
@@ -172,7 +173,7 @@ def _gate(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
         stride,
         rows,
         size,
-        _ACTIVATIONS[activation],
+        ACTIVATIONS[activation],
         _DTYPES[gate_up.dtype],
     )
     return out

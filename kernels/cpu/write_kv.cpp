@@ -42,15 +42,12 @@ static void write_rows(Rows<T> k, Rows<T> v, T* k_cache, T* v_cache, const Batch
 void write_kv(const void* k, int64_t k_row_stride, int64_t k_head_stride, const void* v,
               int64_t v_row_stride, int64_t v_head_stride, void* k_cache, void* v_cache,
               const Batch* batch, const AttentionLayer* layer) {
-  const auto run = [&](auto t) {
+  with_type(layer->dtype, [&](auto t) {
     using T = decltype(t);
     write_rows<T>({static_cast<const T*>(k), k_row_stride, k_head_stride},
                   {static_cast<const T*>(v), v_row_stride, v_head_stride},
                   static_cast<T*>(k_cache), static_cast<T*>(v_cache), *batch, *layer);
-  };
-  if (layer->dtype == kFloat32) return run(float());
-  if (layer->dtype == kFloat16) return run(f16());
-  run(bf16());
+  });
 }
 
 }  // namespace MANYLORA_ISA

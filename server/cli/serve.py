@@ -35,6 +35,7 @@ def make_command() -> Callable[..., None]:
         try:
             from manylora.server.app import run
         finally:
+            gc.freeze()  # nor will it: a pass over all that was imported holds up steps, too
             gc.enable()
         run(settings)
 

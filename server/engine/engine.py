@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -101,6 +102,7 @@ class Engine:
         self._deliver = deliver
         self._observer = observer
         self._mailbox = Mailbox()
+        self._unhandled: deque[Message] = deque()
         self._events: list[Event] = []
         self._sequences: dict[str, Sequence] = {}
         self._module_ids = {name: i for i, name in enumerate(self.model.modules)}
@@ -164,11 +166,12 @@ class Engine:
         """Turn after turn, until a `Stop`."""
         busy = False
         while True:
-            messages = self._mailbox.take(wait=not busy, seconds=self._until_deadline())
-            for message in messages:
-                self._handle(message)
-            if any(isinstance(message, Stop) for message in messages):
-                return
+            self._unhandled += self._mailbox.take(wait=not busy, seconds=self._until_deadline())
+            while self._unhandled:
+                if isinstance(self._unhandled[0], Stop):
+                    return
+                self._handle(self._unhandled[0])
+                self._unhandled.popleft()
             self._expire()
             busy = self._step()
             self.stats = self._snapshot()
@@ -316,7 +319,7 @@ class Engine:
         for sequence in list(self._sequences.values()):
             self._events.append(ErrorEvent(sequence.request.id, error))
             self._forget(sequence, "cancelled")
-        for message in self._mailbox.close():
+        for message in (*self._unhandled, *self._mailbox.close()):
             match message:
                 case Submit(request):
                     self._events.append(ErrorEvent(request.id, error))

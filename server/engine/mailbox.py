@@ -92,7 +92,7 @@ class PooledEvent:
 
 @dataclass(slots=True, frozen=True)
 class ErrorEvent:
-    """A request ended without a token."""
+    """A request ended before its answer was complete."""
 
     request_id: str
     error: ManyloraError
@@ -119,8 +119,8 @@ def answer(done: Future[Result], result: Result) -> None:
 
 
 def refuse(done: Future[Any], error: ManyloraError) -> None:
-    """Sets a future's exception, unless its caller has given up waiting."""
-    if done.set_running_or_notify_cancel():
+    """Sets a future's exception, unless it is done or its caller has given up waiting."""
+    if not done.done() and done.set_running_or_notify_cancel():
         done.set_exception(error)
 
 

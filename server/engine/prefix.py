@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from manylora.adapters_store.edits import LoweredAdapter
+from manylora.adapters_store.edits import LoweredAdapter, ModuleKind
 from manylora.adapters_store.files import CONFIG_FILE, WEIGHTS_FILE
 from manylora.errors import FailedPrecondition
 from manylora.kernels import make_batch
@@ -92,6 +92,10 @@ def check_prefix(
     field = f"{WEIGHTS_FILE}: prompt_embeddings"
     given: Tensor | None = lowered.virtual_tokens
     if lowered.virtual_tokens is not None:
+        if not any(shape.kind is ModuleKind.EMBEDDING for shape in model.modules.values()):
+            raise FailedPrecondition(
+                "this base's embedding cannot take rows of an adapter's own", field=field
+            )
         wanted: tuple[int, ...] = (model.embedding_width,)
         found = tuple(lowered.virtual_tokens.shape[1:])
     elif lowered.prefix is not None:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import chain, islice
+from typing import Protocol
 
 import torch
 
@@ -30,10 +32,17 @@ from manylora.server.engine.pool import Arena, Pool
 from manylora.server.engine.prefix import Prefix
 from manylora.server.engine.types import AdapterKey, Residency, ResidencyState
 
-MAX_STAGED = 4  # adapters on the host or on their way there, at once
+MAX_STAGED = 4  # on the host or on their way there, at once; explicit loads are counted apart
+
+
+class Overtaken(Protocol):
+    """What waits for room in the adapter memory, and how many admissions it has seen since."""
+
+    overtaken: int
 
 
 class _Stage(Enum):
+    QUEUED = "queued"
     LOADING = "loading"
     STAGED = "staged"
     RESIDENT = "resident"
@@ -43,13 +52,14 @@ class _Stage(Enum):
 @dataclass(slots=True)
 class _Entry:
     key: AdapterKey
-    stage: _Stage = _Stage.LOADING
+    stage: _Stage = _Stage.QUEUED
     packed: PackedAdapter | None = None  # while staged: with its buffer; later without
     arena: Arena | None = None
     slot: int = -1
     users: int = 0
     pinned: bool = False
     last_used: int = 0
+    overtaken: int = 0  # requests with adapters, admitted while this waited for room
     load_seconds: float = 0.0
     error: ManyloraError | None = None
     waiters: list[Future[Residency]] = field(default_factory=list)
@@ -102,7 +112,7 @@ class ResidencyManager:
         for digest, entry in list(self._entries.items()):
             entry.waiters = [waiter for waiter in entry.waiters if not waiter.cancelled()]
             idle = digest not in self._order and not entry.waiters
-            if idle and entry.stage is _Stage.STAGED:
+            if idle and entry.stage in (_Stage.QUEUED, _Stage.STAGED):
                 del self._entries[digest]
                 self._notify(Residency(entry.key, ResidencyState.EVICTED))
         self._place_staged()
@@ -123,6 +133,10 @@ class ResidencyManager:
     def lacks_room(self, key: AdapterKey | None) -> bool:
         """Whether an adapter has been loaded and waits for others to make room."""
         return key is not None and self._stage(key) is _Stage.STAGED
+
+    def loads_without_room(self) -> list[Overtaken]:
+        """Explicit loads that wait for others to make room."""
+        return [e for e in self._entries.values() if e.stage is _Stage.STAGED and e.waiters]
 
     def prefix(self, key: AdapterKey | None) -> Prefix | None:
         """What a resident adapter puts before its prompts."""
@@ -166,7 +180,7 @@ class ResidencyManager:
         """Makes an adapter resident, and pins it (or takes its pin away) as told."""
         entry = self._entries.get(key.digest)
         if entry is None or entry.stage is _Stage.FAILED:
-            entry = self._begin(key)
+            entry = self._enter(key)
         entry.pinned = pin
         if entry.stage is _Stage.RESIDENT:
             self._touch(entry)
@@ -174,6 +188,7 @@ class ResidencyManager:
             self._notify(self._describe(entry))
         else:
             entry.waiters.append(done)
+            self._start_loads()
 
     def unload(self, digest: str, done: Future[None]) -> None:
         """Evicts an adapter that is resident and not in use, and with it the compositions that it
@@ -224,18 +239,20 @@ class ResidencyManager:
     # -- loading -------------------------------------------------------------------------------
 
     def _start_loads(self) -> None:
-        under_way = sum(e.stage in (_Stage.LOADING, _Stage.STAGED) for e in self._entries.values())
-        for digest, key in self._keys.items():
-            if under_way >= MAX_STAGED:
-                return
-            if digest not in self._entries:
-                self._begin(key)
-                under_way += 1
+        """Explicit ones in the order of their calls, the others in that of the queue."""
+        new = (key for digest, key in self._keys.items() if digest not in self._entries)
+        for explicit in (True, False):
+            group = [e for e in self._entries.values() if bool(e.waiters) is explicit]
+            room = MAX_STAGED - sum(e.stage in (_Stage.LOADING, _Stage.STAGED) for e in group)
+            queued = (e for e in group if e.stage is _Stage.QUEUED)
+            candidates = queued if explicit else chain(queued, map(self._enter, new))
+            for entry in islice(candidates, max(0, room)):
+                entry.stage = _Stage.LOADING
+                self._notify(self._describe(entry))
+                self._executor.submit(self._load, entry.key)
 
-    def _begin(self, key: AdapterKey) -> _Entry:
+    def _enter(self, key: AdapterKey) -> _Entry:
         entry = self._entries[key.digest] = _Entry(key)
-        self._notify(self._describe(entry))
-        self._executor.submit(self._load, key)
         return entry
 
     def _load(self, key: AdapterKey) -> None:
@@ -384,6 +401,7 @@ class ResidencyManager:
 
     def _describe(self, entry: _Entry) -> Residency:
         state = {
+            _Stage.QUEUED: ResidencyState.LOADING,
             _Stage.LOADING: ResidencyState.LOADING,
             _Stage.STAGED: ResidencyState.LOADING,
             _Stage.RESIDENT: ResidencyState.RESIDENT,

@@ -20,6 +20,7 @@ from manylora.server.engine.types import Logprob, SamplingParams, TokenLogprobs
 
 LEAST_TEMPERATURE = 1e-30  # below it, one over it is no float32
 _BLOCK = 64  # tokens whose probabilities are summed before any is looked at
+_LIKELY = 256  # tokens of a row among which the nucleus is looked for first
 
 
 @dataclass(slots=True, frozen=True)
@@ -35,7 +36,8 @@ def sample(logits: Tensor, sequences: Seq[Sequence]) -> list[Sample | None]:
     """
     logprobs = _raw_logprobs(logits, sequences)
     for row, sequence in enumerate(sequences):
-        _penalise(logits[row], sequence)
+        if sequence.request.sampling.penalises:
+            _penalise(logits[row], sequence)
     largest, greedy = logits.max(dim=-1)  # a NaN counts as the largest
     finite, tokens = largest.isfinite().tolist(), greedy.tolist()
     drawn = [
@@ -75,18 +77,17 @@ def _penalise(row: Tensor, sequence: Sequence) -> None:
     """Repetition penalty (Keskar et al. 2019, CTRL) over prompt and output; presence and
     frequency penalties (OpenAI's API) over output. In place; row float32 [vocab]."""
     params = sequence.request.sampling
+    drawn = torch.tensor(list(sequence.output_counts), dtype=torch.int64, device=row.device)
     if params.repetition_penalty != 1.0:
-        tokens = sequence.tokens[sequence.prefix_tokens :]
-        seen = torch.tensor(sorted(set(tokens)), device=row.device)
+        prompt = torch.from_numpy(sequence.prompt_ids).to(row.device)
+        seen = torch.cat([prompt, drawn])  # one that is in both is written twice, the same
         values = row[seen]
         factor = params.repetition_penalty
         row[seen] = torch.where(values > 0, values / factor, values * factor)
-    if sequence.output_counts and (params.presence_penalty or params.frequency_penalty):
-        ids = torch.tensor(list(sequence.output_counts), device=row.device)
-        counts = torch.tensor(
-            list(sequence.output_counts.values()), dtype=row.dtype, device=row.device
-        )
-        row[ids] -= params.presence_penalty + params.frequency_penalty * counts
+    if params.presence_penalty or params.frequency_penalty:
+        times = list(sequence.output_counts.values())
+        counts = torch.tensor(times, dtype=row.dtype, device=row.device)
+        row[drawn] -= params.presence_penalty + params.frequency_penalty * counts
 
 
 def _draw(logits: Tensor, sequences: Seq[Sequence]) -> list[int]:
@@ -101,7 +102,7 @@ def _draw(logits: Tensor, sequences: Seq[Sequence]) -> list[int]:
     # the largest becomes 0 first, so that a tiny temperature overflows to -inf only
     shifted = logits - logits.amax(dim=-1, keepdim=True)
     probabilities = torch.softmax(shifted.div_(temperatures), dim=-1)
-    least = [_threshold(row, its) for row, its in zip(probabilities, params, strict=True)]
+    least = _thresholds(probabilities, params)
     if any(least):
         thresholds = torch.tensor(least, dtype=torch.float32, device=logits.device)
         probabilities.masked_fill_(probabilities < thresholds[:, None], 0)
@@ -139,21 +140,39 @@ def _first_above(
     return found
 
 
-def _threshold(probabilities: Tensor, params: SamplingParams) -> float:
-    """The least probability that top_k, then top_p (Holtzman et al. 2019) and min_p keep; ties
-    with it are kept too. 0 where all are. probabilities: float32 [vocab], of sum 1."""
-    threshold = params.min_p * float(probabilities.max()) if params.min_p > 0 else 0.0
-    vocab = len(probabilities)
-    if 0 < params.top_k < vocab:
-        ordered = probabilities.topk(params.top_k).values.double().cpu().numpy()
+def _thresholds(probabilities: Tensor, params: Seq[SamplingParams]) -> list[float]:
+    """The least probability of each row that top_k, then top_p (Holtzman et al. 2019) and min_p
+    keep; ties with it are kept too; 0 where all are. probabilities: float32 [n, vocab], each row's
+    sum 1."""
+    vocab = probabilities.shape[1]
+    least = [0.0] * len(params)
+    if any(its.min_p > 0 for its in params):
+        largest = probabilities.amax(dim=-1).tolist()
+        least = [its.min_p * most for its, most in zip(params, largest, strict=True)]
+    cut = [row for row, its in enumerate(params) if 0 < its.top_k < vocab or its.top_p < 1]
+    if cut:
+        likely = probabilities[cut].topk(min(_LIKELY, vocab)).values.double().cpu().numpy()
+        for row, top in zip(cut, likely, strict=True):
+            least[row] = max(least[row], _least_kept(probabilities[row], top, params[row]))
+    return least
+
+
+def _least_kept(
+    probabilities: Tensor, likely: npt.NDArray[np.float64], params: SamplingParams
+) -> float:
+    """By top_k, then top_p. likely: the largest of the row's probabilities, in order."""
+    if 0 < params.top_k < len(probabilities):
+        if params.top_k > len(likely):
+            likely = probabilities.topk(params.top_k).values.double().cpu().numpy()
+        ordered = likely[: params.top_k]
         mass = params.top_p * float(ordered.sum())
-    elif params.top_p < 1:
-        # those below are all beside the nucleus: together they are less than 1 - top_p
-        candidates = probabilities[probabilities >= (1 - params.top_p) / vocab]
-        ordered = np.sort(candidates.cpu().numpy())[::-1].astype(np.float64)
-        mass = params.top_p
     else:
-        return threshold
+        ordered, mass = likely, params.top_p
+        if ordered.cumsum()[-1] < mass:
+            # those below are all beside the nucleus: together they are less than 1 - top_p
+            least = (1 - params.top_p) / len(probabilities)
+            candidates = probabilities[probabilities >= least].double().cpu().numpy()
+            ordered = np.sort(candidates)[::-1]
     if params.top_p < 1:
         ordered = ordered[: int(np.searchsorted(ordered.cumsum(), mass)) + 1]
-    return max(threshold, float(ordered[-1]))
+    return float(ordered[-1])

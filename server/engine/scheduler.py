@@ -11,10 +11,10 @@ from manylora.errors import InvalidArgument, ManyloraError
 from manylora.server.engine.blocks import BlockManager
 from manylora.server.engine.invocation import acts_from
 from manylora.server.engine.prefix import Prefix
-from manylora.server.engine.residency import ResidencyManager
+from manylora.server.engine.residency import Overtaken, ResidencyManager
 from manylora.server.engine.sequence import Gathered, Sequence
 
-MAX_OVERTAKES = 64  # younger requests admitted before one whose adapter waits for room
+MAX_OVERTAKES = 64  # younger requests with adapters, before one whose adapter waits for room
 
 
 @dataclass(slots=True, frozen=True)
@@ -75,8 +75,7 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def schedule(self) -> tuple[list[Chunk], list[tuple[Sequence, ManyloraError]]]:
-        """This step's chunks, and the sequences whose adapter could not be loaded (already
-        removed)."""
+        """This step's chunks, and the sequences that cannot run (already removed)."""
         chunks: list[Chunk] = []
         budget = self._max_batch_tokens
         decoding = [s for s in self.running if s.computed == len(s.tokens) - 1]
@@ -136,12 +135,12 @@ class Scheduler:
 
     def _admit(self, chunks: list[Chunk], budget: int) -> list[tuple[Sequence, ManyloraError]]:
         """Admits waiting sequences in order. One whose adapter is not there yet is passed over;
-        if it is only room that the adapter lacks, then no more than MAX_OVERTAKES times, because
-        younger ones may keep that room taken for ever."""
+        if it is only room that the adapter lacks, then no more than MAX_OVERTAKES times by others
+        with adapters, because they may keep that room taken for ever."""
         passed: list[Sequence] = []
-        kept_out: list[Sequence] = []  # of these, the ones that lack room
         self._residency.want([s.request.adapter for s in self.waiting if s.request.adapter])
         failed = take_failed(self.waiting, self._residency)
+        kept_out: list[Overtaken] = self._residency.loads_without_room()
         while self.waiting and budget > 0 and len(self.running) < self._max_sequences:
             sequence = self.waiting[0]
             if not self._residency.ready(sequence.request.adapter):
@@ -152,10 +151,14 @@ class Scheduler:
             if error := self._too_long(sequence) or self._check(sequence):
                 failed.append((self.waiting.popleft(), error))
                 continue
-            if any(s.overtaken >= MAX_OVERTAKES for s in kept_out) or not self._start(sequence):
+            rivals = kept_out if sequence.request.adapter else []
+            if any(older.overtaken >= MAX_OVERTAKES for older in rivals):
+                passed.append(self.waiting.popleft())
+                continue
+            if not self._start(sequence):
                 break
             self.waiting.popleft()
-            for older in kept_out:
+            for older in rivals:
                 older.overtaken += 1
             count = min(len(sequence.tokens) - sequence.computed, budget)
             assert sequence.blocks is not None

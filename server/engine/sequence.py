@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from manylora.server.engine.blocks import BlockList
@@ -31,6 +32,7 @@ class Sequence:
     prompt_tokens: int
     rng: np.random.Generator
     stop_ids: frozenset[int]
+    prompt_ids: npt.NDArray[np.int64]  # each once, where a penalty asks for them
     output_counts: dict[int, int] = field(default_factory=dict)  # token → times generated
     blocks: BlockList | None = None  # None: waiting
     slot: int = -1  # edit-table row; -1: the base
@@ -39,7 +41,7 @@ class Sequence:
     acts_from: int = 0  # leading tokens on which the adapter does not act
     computed: int = 0  # leading tokens whose KV is in the cache
     cached_tokens: int = 0
-    overtaken: int = 0  # younger requests admitted before this one
+    overtaken: int = 0  # younger requests with adapters, admitted before this one
     gathered: Gathered = field(default_factory=Gathered)  # since it was admitted
     askable: int | None = None  # leading tokens to ask the prefix cache for; None: all
     arrived: float = 0.0
@@ -52,12 +54,14 @@ class Sequence:
         stop_ids = frozenset(request.sampling.stop_token_ids)
         if not request.sampling.ignore_eos:
             stop_ids |= eos_token_ids
+        penalised = request.prompt if request.sampling.repetition_penalty != 1.0 else []
         return cls(
             request=request,
             tokens=list(request.prompt),
             prompt_tokens=len(request.prompt),
             rng=np.random.Generator(np.random.Philox(request.sampling.seed)),
             stop_ids=stop_ids,
+            prompt_ids=np.unique(np.array(penalised, np.int64)),
             arrived=time.monotonic(),
         )
 

@@ -34,6 +34,11 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None  # None: off; n: the chosen token's and the top n
 
+    @property
+    def penalises(self) -> bool:
+        frequent = self.presence_penalty or self.frequency_penalty
+        return bool(frequent) or self.repetition_penalty != 1.0
+
 
 @dataclass(slots=True, frozen=True)
 class WeightedPart:

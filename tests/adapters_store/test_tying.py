@@ -61,19 +61,20 @@ def make(base: Path, tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-def serve(base: Path, adapter: Path) -> torch.Tensor:
-    model = load_model(base, "float32", torch.device("cpu"), reference, fused=False)
+def serve(base: Path, adapter: Path, fused: bool) -> torch.Tensor:
+    model = load_model(base, "float32", torch.device("cpu"), reference, fused=fused)
     runner = FlatRunner(model, {"adapter": adapter}, reference)
     stream = Stream("adapter", PROMPT, watched=True)
     runner.run([stream], chunk=3, new_tokens=1)
     return torch.stack([stream.rows[i] for i in range(len(PROMPT))])
 
 
+@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("case", CASES)
-def test_as_peft(case: str, base: Path, make: Callable[..., Path]) -> None:
+def test_as_peft(case: str, fused: bool, base: Path, make: Callable[..., Path]) -> None:
     adapter = make(**CASES[case])
     right, plain = (peft_rows(read(base), path, PROMPT) for path in (adapter, None))
-    assert float((serve(base, adapter) - right).abs().max()) < 1e-4
+    assert float((serve(base, adapter, fused) - right).abs().max()) < 1e-4
     assert float((plain - right).abs().max()) > 0.01
 
 

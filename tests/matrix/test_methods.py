@@ -17,6 +17,7 @@ from manylora_testing.encoder_column import (
 )
 from manylora_testing.matrix import DECODERS, TOLERANCE, errors, gaps, make_column, run_column
 from manylora_testing.methods import methods_of
+from manylora_testing.models import PACKED
 from safetensors.torch import load_file, save_file
 
 from manylora.kernels import cpu
@@ -84,7 +85,7 @@ def test_no_worse_than_pefts_own_bfloat16(arch: str, tmp_path: Path) -> None:
     """Against float32, over all methods; a single one's few rows are noise."""
     if not cpu.available():
         pytest.skip(cpu.why_unavailable())
-    column = make_column(arch, tmp_path, torch.bfloat16)
+    column = make_column(arch, tmp_path, torch.bfloat16, **(PACKED if arch == "llama" else {}))
     found = errors(column, run_column(column, dtype="bfloat16"))
     ratios = {method: ours / theirs for method, (ours, theirs) in found.items()}
     assert sum(ratios.values()) / len(ratios) < 1.05, ratios

@@ -20,7 +20,8 @@ class AdaptedModel(AdaptedTree):
     """Hugging Face's module tree, with our twins in it.
 
     eos_token_ids: ids that end a generation.
-    packed: modules whose weights the fused layers hold, by name; empty if nothing is fused.
+    packed: modules whose weights the fused layers hold, and the head if it has its own, by name;
+        empty if nothing is fused.
     """
 
     layers: list[LayerAttention]

@@ -89,7 +89,11 @@ def fuse(
         layer.stack = stack
     for name, module in list(model.named_modules()):
         if type(module) is AdaptedHead:
-            model.set_submodule(name, FusedHead(module, make))
+            tied = module.weight is model.get_input_embeddings().weight
+            head = FusedHead(module, make, tied=tied)
+            model.set_submodule(name, head)
+            if not tied:
+                packed[name] = head.packed
     return packed
 
 

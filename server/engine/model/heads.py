@@ -148,6 +148,7 @@ def head_layers(kind: Any, config: PreTrainedConfig) -> Mapping[str, LayerShape]
     """The linear layers that a class of transformers has beside its base, in the tree's order."""
     config = copy.deepcopy(config)
     config._attn_implementation = "eager"
+    config.num_hidden_layers = 1
     with torch.device("meta"):
         model = kind(config)
     found = {

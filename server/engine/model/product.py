@@ -14,7 +14,7 @@ from manylora.kernels import cpu
 
 
 class Product(Protocol):
-    """x [rows, in] → [rows, out], in x's dtype; a row's bits depend on that row alone.
+    """x [rows, in] → [rows, out], in x's dtype.
 
     bias: [out] or None.
     """
@@ -34,18 +34,18 @@ MakeProduct = Callable[[Tensor, Tensor | None], Product]
 
 
 class PlainProduct:
-    """torch's."""
+    """torch's, whose bits of a row may depend on how many rows there are."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.bias = bias
         self.in_size = weight.shape[1]
-        self._weight = weight.detach()
+        self._weight = weight
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x, self._weight, self.bias)
 
     def weight(self, start: int, size: int) -> Tensor:
-        return self._weight.narrow(0, start, size)
+        return self._weight.detach().narrow(0, start, size)
 
 
 class PackedProduct:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from manylora.kernels import SliceGroup
 from manylora.server.engine.model.adapt import AdaptedHead, AdaptedLinear
-from manylora.server.engine.model.product import MakeProduct
+from manylora.server.engine.model.product import MakeProduct, Product
 from manylora.server.engine.model.step import StepState
 
 
@@ -18,17 +18,17 @@ from manylora.server.engine.model.step import StepState
 class PackedRows:
     """One module's weight and bias within a packed product."""
 
-    projection: Projection
+    product: Product
     start: int
     size: int
 
     def weight(self) -> Tensor:
         """[out, in], a copy or a view."""
-        return self.projection.product.weight(self.start, self.size)
+        return self.product.weight(self.start, self.size)
 
     def bias(self) -> Tensor | None:
         """[out], a view; None if the module has none."""
-        bias = self.projection.product.bias
+        bias = self.product.bias
         return None if bias is None else bias.detach().narrow(0, self.start, self.size)
 
 
@@ -54,7 +54,8 @@ class Projection:
     def rows(self) -> list[PackedRows]:
         """Each module's part, in the order given."""
         group = self.group
-        return [PackedRows(self, *at) for at in zip(group.starts, group.sizes, strict=True)]
+        parts = zip(group.starts, group.sizes, strict=True)
+        return [PackedRows(self.product, *part) for part in parts]
 
     def __call__(self, x: Tensor) -> Tensor:
         step = self.step
@@ -77,22 +78,27 @@ class Projection:
     def _scaled(self, x: Tensor) -> Tensor:
         """The product where modules of the group may scale their inputs, each in its own way."""
         step, group = self.step, self.group
-        parts = []
+        y = self.product(x)
         for module, start, size in zip(group.modules, group.starts, group.sizes, strict=True):
             single = SliceGroup.single(module, size)
             scaled = step.kernels.scale_inputs(x, single, step.pool, step.table, step.plan)
-            parts.append(self.product(scaled)[:, start : start + size])
-        return torch.cat(parts, dim=1)
+            if scaled is not x:
+                part = slice(start, start + size)
+                y[:, part] = self.product(scaled)[:, part]
+        return y
 
 
 class FusedHead(AdaptedHead):
-    """The head with a product of its own."""
+    """The head with a product of its own; its weight is there too if the embedding shares it."""
 
-    def __init__(self, head: AdaptedHead, make: MakeProduct) -> None:
+    def __init__(self, head: AdaptedHead, make: MakeProduct, *, tied: bool) -> None:
         nn.Module.__init__(self)
-        self.weight, self.bias = head.weight, head.bias
-        self.group, self.step = head.group, head.step
-        self._product = make(head.weight, head.bias)
+        self.bias, self.group, self.step = head.bias, head.group, head.step
+        if tied:
+            self.weight = head.weight
+        weight = head.weight if tied else head.weight.detach().clone()  # its file is let go of
+        self.packed = PackedRows(make(weight, head.bias), 0, len(weight))
 
     def product(self, x: Tensor) -> Tensor:
-        return torch.unflatten(self._product(x.flatten(0, -2)), 0, x.shape[:-1])
+        y = self.packed.product(x.flatten(0, -2))
+        return torch.unflatten(y, 0, x.shape[:-1])

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,9 +23,10 @@ class DecoderStack:
     """Runs the layers' C++ twin. Each layer by itself remains for steps that it cannot run."""
 
     def __init__(
-        self, layers: Sequence[FusedLayer], rotary: HalfRotary, activation: int, step: StepState
+        self, layers: Sequence[FusedLayer], rotary: HalfRotary, activation: str, step: StepState
     ) -> None:
         self.layers = layers
+        self.modules = _modules(layers)
         self.rotary = rotary
         self.activation = activation
         self.step = step
@@ -33,12 +35,16 @@ class DecoderStack:
         self._built: cpu.DecoderLayers | None = None
 
     def begin(self) -> bool:
-        """Whether this step can be run whole: no row's adapter replaces a module's parameters or
-        scales its input."""
+        """Whether this step can be run whole: no row's adapter replaces the parameters of a module
+        in the layers or scales its input."""
         step = self.step
-        scaled = not step.plan.empty and bool(step.table.in_scaled[step.plan.slots].any())
-        self.active = not step.overridden and not scaled
+        replaced = not self.modules.isdisjoint(step.overridden)
+        self.active = not replaced and (step.plan.empty or not self._scaled())
         return self.active
+
+    def _scaled(self) -> bool:
+        scaled = self.step.table.in_scaled[self.step.plan.slots].any(axis=0)
+        return not self.modules.isdisjoint(np.flatnonzero(scaled).tolist())
 
     def run_(self, x: Tensor) -> None:
         """x: [rows, hidden], in place. The model has called its rotary embedding before."""
@@ -67,8 +73,15 @@ def make_stack(
     if step.kernels.NAME != cpu.NAME or not packed or not plain:
         return None
     gated = layers[0].gated
-    approximate = gated.keywords["approximate"] if isinstance(gated, partial) else "silu"
-    return DecoderStack(layers, rotary, {"silu": 0, "tanh": 1, "none": 2}[approximate], step)
+    activation = gated.keywords["approximate"] if isinstance(gated, partial) else "silu"
+    return DecoderStack(layers, rotary, activation, step)
+
+
+def _modules(layers: Sequence[FusedLayer]) -> frozenset[int]:
+    """The ids of what an adapter may change in the layers."""
+    norms = [norm.module for layer in layers for norm in layer.norms if norm is not None]
+    groups = [projection.group.modules for layer in layers for projection in layer.projections]
+    return frozenset([*norms, *(module for group in groups for module in group)])
 
 
 def _layer(layer: FusedLayer, rotary_kinds: Sequence[str | None]) -> cpu.DecoderLayer:

@@ -271,6 +271,34 @@ async def test_messages_that_a_broken_engine_never_reads(house: House) -> None:
             await asyncio.wait_for(call, PATIENCE)
 
 
+async def test_messages_behind_the_one_that_breaks_the_engine(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stepping, told = threading.Event(), threading.Event()
+
+    def hold(_: object) -> None:
+        stepping.set()
+        told.wait(PATIENCE)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("nobody foresaw this")
+
+    house.seen.at_step = hold
+    monkeypatch.setattr(house.engine._engine._residency, "unload", fail)
+    calls = [asyncio.ensure_future(house.ask(PROMPT))]
+    assert await asyncio.to_thread(stepping.wait, PATIENCE)
+    calls += [
+        asyncio.ensure_future(house.engine.unload_adapter("adapter-1")),
+        asyncio.ensure_future(house.load("adapter-1")),
+        asyncio.ensure_future(house.ask(PROMPT)),
+    ]
+    await asyncio.sleep(0)  # each has put its message
+    told.set()
+    for call in calls:
+        with pytest.raises(Unavailable):
+            await asyncio.wait_for(call, PATIENCE)
+
+
 async def test_what_the_observer_is_told(start: Start) -> None:
     house = await start()
     await house.ask(PROMPT, "adapter-1", max_tokens=5, ignore_eos=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,11 @@ from manylora_testing.engine import Answer, House
 from manylora_testing.methods import METHODS, make_method, peft_rows
 from transformers import AutoModelForCausalLM
 
+from manylora.adapters_store.edits import LoweredAdapter, ModuleKind
 from manylora.errors import FailedPrecondition, InvalidArgument
+from manylora.kernels import reference
+from manylora.server.engine.model import load_model
+from manylora.server.engine.prefix import check_prefix
 from manylora.server.engine.types import FinishReason
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -163,3 +168,12 @@ async def test_what_does_not_fit_is_refused(
     peft.get_peft_model(model, config).save_pretrained(tmp_path / "narrow")
     with pytest.raises(FailedPrecondition, match=r"found \[40\]; wanted \[48\]"):
         await house.engine.check_fit(tmp_path / "narrow")
+
+
+def test_a_base_whose_embedding_cannot_be_adapted(base: Path) -> None:
+    model = load_model(base, "float32", torch.device("cpu"), reference)
+    embedded = LoweredAdapter({}, virtual_tokens=torch.zeros(3, model.embedding_width))
+    check_prefix(embedded, model, 100)
+    others = {n: s for n, s in model.modules.items() if s.kind is not ModuleKind.EMBEDDING}
+    with pytest.raises(FailedPrecondition, match="embedding cannot take rows"):
+        check_prefix(embedded, replace(model, modules=others), 100)

@@ -236,6 +236,28 @@ def test_explicit_loads_do_not_wait_for_requests(make: Make) -> None:
     assert done.result(0).state is ResidencyState.RESIDENT
 
 
+def test_explicit_loads_take_no_more_host_memory_than_requests(make: Make) -> None:
+    ranks = dict.fromkeys("abcdefgh", 1)
+    loading = make(ranks, room=1)
+    loading.make_resident("a")
+    loading.manager.acquire("a")
+    calls = [load(loading, digest) for digest in "bcdefgh"]
+    given_up = load(loading, "h")
+    assert loading.loading == list("bcde")
+    loading.finish_all()
+    want(loading, "")
+    assert loading.loading == []
+    loading.manager.release("a")
+    calls[-1].cancel()
+    given_up.cancel()
+    want(loading, "")
+    assert loading.loading == list("fg")
+    loading.finish_all()
+    want(loading, "")
+    assert [call.result(0).key.digest for call in calls[:-1]] == list("bcdefg")
+    assert loading.state("h") is None
+
+
 def test_what_nobody_wants_any_more_takes_nobodys_place(make: Make) -> None:
     """A request was cancelled while its adapter was on its way."""
     loading = make()
@@ -436,8 +458,9 @@ class Residencies(RuleBasedStateMachine):
         for digest, slots in self.held.items():
             for _ in slots:
                 self.loading.manager.release(digest)
-        self.loading.finish_all()
-        want(self.loading, "")
+        for _ in RANKS:  # no more than MAX_STAGED at once
+            self.loading.finish_all()
+            want(self.loading, "")
         assert all(done.done() for done in self.done), "a load was never answered"
         for digest in self.loading.resident:
             self.loading.check_slot(digest, self.loading.manager.acquire(digest))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import pytest
@@ -17,7 +18,7 @@ from manylora.errors import FailedPrecondition, ManyloraError
 from manylora.server.engine.blocks import BlockManager
 from manylora.server.engine.scheduler import MAX_OVERTAKES, Chunk, Scheduler
 from manylora.server.engine.sequence import Sequence
-from manylora.server.engine.types import Request, ResidencyState, SamplingParams
+from manylora.server.engine.types import Request, Residency, ResidencyState, SamplingParams
 
 SIZE = 4
 RANKS = {"a": 1, "b": 1, "c": 2, "d": 2, "e": 3}
@@ -354,6 +355,56 @@ def test_one_whose_adapter_lacks_room_is_passed_over_so_often_and_no_more(
         assert steps < 2 * MAX_OVERTAKES + 20
         assert waiting.overtaken <= MAX_OVERTAKES
     assert waiting.overtaken == MAX_OVERTAKES
+    house.run()
+    house.check_nothing_is_left()
+
+
+def test_one_whose_adapter_lacks_room_does_not_hold_up_the_base(houses: list[House]) -> None:
+    """The base takes none of the room that it waits for; another adapter's request would."""
+    house = House(sequences=3, room=1)
+    houses.append(house)
+    house.add("a", [1], 4 * MAX_OVERTAKES)
+    house.step()
+    house.loading.finish("a")
+    house.step()
+    waiting = house.add("b", [1], 1)
+    house.step()
+    house.loading.finish("b")
+    while waiting.overtaken < MAX_OVERTAKES:
+        house.add("a", [1], 1)
+        house.step()
+    last = house.add("a", [2], 1)
+    base = [house.add("", [i % 3], 1) for i in range(MAX_OVERTAKES + 1)]
+    while not all(sequence.output_tokens for sequence in base):
+        assert house.step(), "the base waits for an adapter's room"
+    assert waiting.overtaken == MAX_OVERTAKES
+    assert waiting.first_token is None
+    assert last.first_token is None
+    house.run()
+    assert house.finished.index(waiting) < house.finished.index(last)
+    house.check_nothing_is_left()
+
+
+def test_an_explicit_load_that_lacks_room_is_passed_over_so_often_and_no_more(
+    houses: list[House],
+) -> None:
+    house = House(sequences=3, room=1)
+    houses.append(house)
+    house.add("a", [1], 20)
+    house.step()
+    house.loading.finish("a")
+    house.step()
+    done: Future[Residency] = Future()
+    house.loading.manager.load(key("b"), False, done)
+    house.loading.finish("b")
+    admitted = 0
+    while not done.done():
+        while len(house.scheduler.waiting) < 4:
+            house.add("a", [admitted % 3], 1 + admitted % 3)
+            admitted += 1
+        house.step()
+        assert admitted < 2 * MAX_OVERTAKES
+    assert admitted > MAX_OVERTAKES
     house.run()
     house.check_nothing_is_left()
 

@@ -91,6 +91,11 @@ class FlatRunner:
         """One more token of streams that have run."""
         self._step([(stream, self._next(stream, 1)) for stream in streams])
 
+    def give_back(self, stream: Stream) -> None:
+        """The blocks of a stream that has run."""
+        self._free += stream.blocks
+        stream.blocks = []
+
     def grow(self, stream: Stream, positions: int) -> None:
         """Gives the stream the blocks that so many positions want."""
         while len(stream.blocks) < -(-positions // self.block_size):

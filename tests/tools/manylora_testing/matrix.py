@@ -18,7 +18,7 @@ import torch
 import transformers
 
 from manylora import kernels
-from manylora.server.engine.model import load_model
+from manylora.server.engine.model import AdaptedModel, load_model
 from manylora_testing.encoder_column import (
     ENCODER,
     encoder_gaps,
@@ -50,9 +50,11 @@ class Column:
     adapters: Mapping[str, Path]
 
 
-def make_column(arch: str, directory: Path, dtype: torch.dtype = torch.float32) -> Column:
-    """dtype: of the checkpoint's weights."""
-    made = _read(tiny_model(arch, directory / "made"), dtype)
+def make_column(
+    arch: str, directory: Path, dtype: torch.dtype = torch.float32, **sizes: int
+) -> Column:
+    """dtype: of the checkpoint's weights. sizes: see `tiny_model`."""
+    made = _read(tiny_model(arch, directory / "made", **sizes), dtype)
     path = directory / "base"
     made.save_pretrained(path)
     base = made.float()
@@ -70,14 +72,23 @@ def run_column(
     """All methods and rows of the base, served in one flat batch of chunks and decodes."""
     chosen = kernels.select(CPU, backend)
     model = load_model(column.path, dtype, CPU, chosen, fused=fused)
-    runner = FlatRunner(model, column.adapters, chosen, blocks=2 * len(column.adapters) + 8)
+    streams = column_streams(column)
+    column_runner(column, model, chosen).run(streams, chunk=4, new_tokens=1)
+    return streams
+
+
+def column_runner(column: Column, model: AdaptedModel, backend: kernels.Backend) -> FlatRunner:
+    """With blocks for one stream of each method."""
+    return FlatRunner(model, column.adapters, backend, blocks=2 * len(column.adapters) + 8)
+
+
+def column_streams(column: Column) -> list[Stream]:
+    """One of the base and of each method."""
     generator = torch.Generator().manual_seed(5)
-    streams = [
+    return [
         Stream(method, _prompt(generator, 9 + i % 9), watched=True, starts_at=i % 3)
         for i, method in enumerate([None, *column.adapters])
     ]
-    runner.run(streams, chunk=4, new_tokens=1)
-    return streams
 
 
 def gaps(column: Column, streams: Sequence[Stream]) -> Mapping[str, tuple[float, float]]:

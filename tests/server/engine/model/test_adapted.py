@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 import torch
 from manylora_testing import FlatRunner, Stream, peft_greedy, tiny_lora, tiny_model
+from manylora_testing.models import PACKED
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from manylora import kernels
 from manylora.adapters_store.edits import LoweredAdapter, ModuleEdit, ModuleKind, ModuleShape
+from manylora.adapters_store.lowering.tied import tied_modules
 from manylora.kernels import EditTable, make_batch, make_plan, reference
 from manylora.server.engine.model import AdaptedModel, StepInputs, load_model
 from manylora.server.engine.model.limits import max_context
@@ -49,6 +52,24 @@ def inputs(slots: list[int], sample_rows: list[int]) -> StepInputs:
         attention=make_batch(counts, counts, np.arange(count, dtype=np.int32)[:, None], 16),
         sample_rows=torch.tensor(sample_rows, dtype=torch.long),
     )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_fused_models_head(tied: bool, dtype: str, tmp_path: Path) -> None:
+    """Its weight is held once, as the embedding's or beside it, and nothing by its file."""
+    base = tiny_model("qwen3", tmp_path, tie_word_embeddings=tied, **PACKED)
+    model = load_model(base, dtype, CPU, kernels.select(CPU))
+    assert str(base) not in Path("/proc/self/maps").read_text()
+    embedding = "model.embed_tokens"
+    assert model.packed
+    assert tied_modules(embedding, model.modules, model.parameter) == ["lm_head"] * tied
+    names = [name for name, _ in model.model.named_parameters(remove_duplicate=False)]
+    assert ("lm_head.weight" in names) == tied
+    head = model.parameter("lm_head.weight")
+    wanted = load_file(base / "model.safetensors")[f"{embedding if tied else 'lm_head'}.weight"]
+    assert head is not None
+    assert torch.equal(head, wanted.to(head.dtype))
 
 
 def test_tree_keeps_its_names_and_its_tensors(tmp_path: Path) -> None:

@@ -63,6 +63,11 @@ def test_int8_rows_stand_by_themselves() -> None:
         assert torch.equal(product(x[row : row + 1])[0], together[row])
 
 
+def test_int8_of_no_rows() -> None:
+    """The head has none in a step that samples nothing."""
+    assert Int8Product(drawn(1, 48, 64), None)(torch.empty(0, 64)).shape == (0, 48)
+
+
 @exact
 def test_a_base_in_8_bits_serves_adapters(tmp_path: Path) -> None:
     base = tiny_model("llama", tmp_path / "base")

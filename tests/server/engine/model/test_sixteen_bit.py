@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from manylora_testing import FlatRunner, Oracle, Stream, tiny_lora, tiny_model
+from manylora_testing.models import PACKED
 from torch import Tensor
 
 from manylora import kernels
@@ -35,7 +36,7 @@ def errors(streams: list[Stream], logits: Callable[[Stream], Tensor], truth: Ora
 
 @pytest.mark.parametrize("arch", ADAPTERS)
 def test_bfloat16_is_no_worse_than_pefts(arch: str, tmp_path: Path) -> None:
-    base = tiny_model(arch, tmp_path / "base")
+    base = tiny_model(arch, tmp_path / "base", **(PACKED if arch in ("llama", "gemma2") else {}))
     adapters = {
         name: tiny_lora(base, tmp_path / name, r=r, alpha=alpha, targets=ADAPTERS[arch], seed=r)
         for name, r, alpha in (("small", 4, 4), ("large", 16, 24))

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from manylora_testing import FlatRunner, Oracle, Stream, tiny_lora, tiny_model
+from manylora_testing.matrix import column_runner, column_streams, make_column
+from manylora_testing.models import PACKED
 
 from manylora import kernels
 from manylora.kernels import cpu
 from manylora.server.engine.model import AdaptedModel, load_model
 from manylora.server.engine.model.fuse import FusedLayer
+from manylora.server.engine.model.stack import DecoderStack
 
 CPU = torch.device("cpu")
-WIDE = {"hidden_size": 64, "intermediate_size": 96}
 FUSED = ["llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3"]
 ISAS = cpu.isas() if cpu.available() else ()
 
@@ -40,7 +43,7 @@ def run(model: AdaptedModel, adapters: dict[str, Path]) -> list[Stream]:
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("arch", FUSED)
 def test_stack_equals_layers(arch: str, isa: str, tmp_path: Path) -> None:
-    sizes = {**WIDE, "head_dim": 16} if arch == "mistral" else WIDE
+    sizes = {**PACKED, "head_dim": 16} if arch == "mistral" else PACKED
     base = tiny_model(arch, tmp_path / "base", **sizes)
     target = "gate_up_proj" if arch == "phi3" else "gate_proj"
     adapters = {
@@ -56,7 +59,9 @@ def test_stack_equals_layers(arch: str, isa: str, tmp_path: Path) -> None:
         layers = fused_layers(model)
         stack = layers[0].stack
         assert stack is not None
+        torch.set_num_threads(2)
         whole = run(model, adapters)
+        torch.set_num_threads(1)
         assert stack.active
         for layer in layers:
             layer.stack = None
@@ -73,14 +78,43 @@ def test_stack_equals_layers(arch: str, isa: str, tmp_path: Path) -> None:
         assert float((got - wanted).square().mean().sqrt() / wanted.square().mean().sqrt()) < 0.05
 
 
-def test_replaced_parameters_run_layer_by_layer(tmp_path: Path) -> None:
-    base = tiny_model("llama", tmp_path / "base", **WIDE)
-    model = load_model(base, "bfloat16", CPU, kernels.select(CPU))
-    stack = fused_layers(model)[0].stack
+@pytest.mark.filterwarnings("ignore")
+def test_methods_by_the_stack_are_those_by_layers(tmp_path: Path) -> None:
+    """All methods that change nothing for which the stack has no place, to the same bits."""
+    column = make_column("llama", tmp_path, torch.bfloat16, **PACKED)
+    backend = kernels.select(CPU)
+    model = load_model(column.path, "bfloat16", CPU, backend)
+    layers = fused_layers(model)
+    stack = layers[0].stack
     assert stack is not None
-    model.step.table = kernels.EditTable(1, len(model.modules))
-    model.step.table.in_scaled[0, 0] = True
-    model.step.plan = kernels.make_plan(torch.tensor([0], dtype=torch.int32).numpy())
-    assert not stack.begin()
-    model.step.plan = kernels.make_plan(torch.tensor([-1], dtype=torch.int32).numpy())
-    assert stack.begin()
+    runner = column_runner(column, model, backend)
+    layered = column_streams(column)
+    for layer in layers:
+        layer.stack = None
+    runner.run(layered, chunk=4, new_tokens=1)
+
+    whole = [
+        stream for stream in column_streams(column) if runs_whole(model, stack, runner, stream)
+    ]
+    left = {stream.adapter for stream in layered} - {stream.adapter for stream in whole}
+    assert left == {"ia3", "ia3-odd", "ia3-all-saved", "ln-tuning", "lora-norms-saved"}
+    for stream in layered:
+        runner.give_back(stream)
+    for layer in layers:
+        layer.stack = stack
+    runner.run(whole, chunk=4, new_tokens=1)
+    assert stack.active
+    by_method = {stream.adapter: stream for stream in layered}
+    for stream in whole:
+        other = by_method[stream.adapter]
+        assert all(torch.equal(stream.rows[p], other.rows[p]) for p in stream.rows), stream.adapter
+
+
+def runs_whole(
+    model: AdaptedModel, stack: DecoderStack, runner: FlatRunner, stream: Stream
+) -> bool:
+    """Whether a step of nothing but the stream's rows would."""
+    step = model.step
+    step.plan = kernels.make_plan(np.array([runner.slots.get(stream.adapter or "", -1)], np.int32))
+    step.overridden = step.overrides.of(step.plan)
+    return stack.begin()
