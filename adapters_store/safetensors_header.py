@@ -11,7 +11,9 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from io import FileIO
+from types import MappingProxyType
 
 import torch
 
@@ -22,6 +24,7 @@ from manylora.errors import InvalidArgument
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
+_KNOWN_BYTES = 1 << 20  # longer headers are not kept
 _MAX_DIMENSIONS = 8
 _METADATA = "__metadata__"
 _NOT_SAFETENSORS = (
@@ -56,6 +59,10 @@ def read_header(file: FileIO, limits: Limits) -> Mapping[str, TensorInfo]:
     """
     size = os.fstat(file.fileno()).st_size
     text = _header_text(file, size, limits)
+    return (_parse_known if len(text) <= _KNOWN_BYTES else _parse)(text, size, limits)
+
+
+def _parse(text: bytes, size: int, limits: Limits) -> Mapping[str, TensorInfo]:
     header = dict(loads_object(text, WEIGHTS_FILE))
     _check_metadata(header.pop(_METADATA, {}))
     if not header:
@@ -69,7 +76,11 @@ def read_header(file: FileIO, limits: Limits) -> Mapping[str, TensorInfo]:
         )
     data = 8 + len(text)
     tensors = {name: _tensor(name, entry, data, limits) for name, entry in header.items()}
-    return _check_layout(tensors, data, size)
+    return MappingProxyType(_check_layout(tensors, data, size))
+
+
+# Adapters of one recipe have one header, and there are many of them.
+_parse_known = lru_cache(maxsize=16)(_parse)
 
 
 def _header_text(file: FileIO, size: int, limits: Limits) -> bytes:
