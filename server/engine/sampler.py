@@ -19,8 +19,8 @@ from manylora.server.engine.sequence import Sequence
 from manylora.server.engine.types import Logprob, SamplingParams, TokenLogprobs
 
 LEAST_TEMPERATURE = 1e-30  # below it, one over it is no float32
-_BLOCK = 64  # tokens whose probabilities are summed before any is looked at
-_LIKELY = 256  # tokens of a row among which the nucleus is looked for first
+_BLOCK = 64  # tokens whose weights are summed before any is looked at
+_LIKELY = 1e-3  # of the likeliest token's probability: what is looked at first
 
 
 @dataclass(slots=True, frozen=True)
@@ -32,7 +32,7 @@ class Sample:
 def sample(logits: Tensor, sequences: Seq[Sequence]) -> list[Sample | None]:
     """A token for each row; None where the row's logits are not numbers.
 
-    logits: float32 [len(sequences), vocab]; overwritten where penalties apply.
+    logits: float32 [len(sequences), vocab]; overwritten.
     """
     logprobs = _raw_logprobs(logits, sequences)
     for row, sequence in enumerate(sequences):
@@ -93,31 +93,30 @@ def _penalise(row: Tensor, sequence: Sequence) -> None:
 def _draw(logits: Tensor, sequences: Seq[Sequence]) -> list[int]:
     """Inverse transform sampling over each row's kept tokens, in order of their ids.
 
-    logits: float32 [len(sequences), vocab], the largest of each row finite.
+    logits: float32 [len(sequences), vocab], the largest of each row finite; overwritten.
     """
     params = [sequence.request.sampling for sequence in sequences]
     temperatures = torch.tensor(
         [[max(p.temperature, LEAST_TEMPERATURE)] for p in params], device=logits.device
     )
     # the largest becomes 0 first, so that a tiny temperature overflows to -inf only
-    shifted = logits - logits.amax(dim=-1, keepdim=True)
-    probabilities = torch.softmax(shifted.div_(temperatures), dim=-1)
-    least = _thresholds(probabilities, params)
+    weights = logits.sub_(logits.amax(dim=-1, keepdim=True)).div_(temperatures).exp_()
+    least = [_threshold(row, its) for row, its in zip(weights, params, strict=True)]
     if any(least):
         thresholds = torch.tensor(least, dtype=torch.float32, device=logits.device)
-        probabilities.masked_fill_(probabilities < thresholds[:, None], 0)
+        weights.masked_fill_(weights < thresholds[:, None], 0)
     numbers = np.array([sequence.rng.random() for sequence in sequences])
-    return _pick(probabilities, numbers)
+    return _pick(weights, numbers)
 
 
-def _pick(probabilities: Tensor, numbers: npt.NDArray[np.float64]) -> list[int]:
+def _pick(weights: Tensor, numbers: npt.NDArray[np.float64]) -> list[int]:
     """For each row the token at which the running sum passes the row's number, a part of the sum.
 
-    probabilities: float32 [n, vocab], of any sum above 0. numbers: [n], in [0, 1).
+    weights: float32 [n, vocab], of any sum above 0. numbers: [n], in [0, 1).
     """
-    rows, vocab = probabilities.shape
+    rows, vocab = weights.shape
     missing = -vocab % _BLOCK
-    padded = F.pad(probabilities, (0, missing)) if missing else probabilities
+    padded = F.pad(weights, (0, missing)) if missing else weights
     blocks = padded.view(rows, -1, _BLOCK)
     sums = blocks.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1).cpu().numpy()
     targets = numbers * sums[:, -1]
@@ -140,39 +139,29 @@ def _first_above(
     return found
 
 
-def _thresholds(probabilities: Tensor, params: Seq[SamplingParams]) -> list[float]:
-    """The least probability of each row that top_k, then top_p (Holtzman et al. 2019) and min_p
-    keep; ties with it are kept too; 0 where all are. probabilities: float32 [n, vocab], each row's
-    sum 1."""
-    vocab = probabilities.shape[1]
-    least = [0.0] * len(params)
-    if any(its.min_p > 0 for its in params):
-        largest = probabilities.amax(dim=-1).tolist()
-        least = [its.min_p * most for its, most in zip(params, largest, strict=True)]
-    cut = [row for row, its in enumerate(params) if 0 < its.top_k < vocab or its.top_p < 1]
-    if cut:
-        likely = probabilities[cut].topk(min(_LIKELY, vocab)).values.double().cpu().numpy()
-        for row, top in zip(cut, likely, strict=True):
-            least[row] = max(least[row], _least_kept(probabilities[row], top, params[row]))
-    return least
-
-
-def _least_kept(
-    probabilities: Tensor, likely: npt.NDArray[np.float64], params: SamplingParams
-) -> float:
-    """By top_k, then top_p. likely: the largest of the row's probabilities, in order."""
-    if 0 < params.top_k < len(probabilities):
-        if params.top_k > len(likely):
-            likely = probabilities.topk(params.top_k).values.double().cpu().numpy()
-        ordered = likely[: params.top_k]
-        mass = params.top_p * float(ordered.sum())
+def _threshold(row: Tensor, params: SamplingParams) -> float:
+    """The least weight that top_k, then top_p (Holtzman et al. 2019) and min_p keep; ties with it
+    are kept too; 0 where all are. row: float32 [vocab], the largest 1."""
+    vocab, by_rank = len(row), 0 < params.top_k < len(row)
+    if not by_rank and params.top_p == 1:
+        return params.min_p
+    weights = row.cpu().numpy()
+    ordered = _descending(weights[weights >= _LIKELY])
+    if by_rank:
+        if len(ordered) < params.top_k:
+            ordered = _descending(np.partition(weights, -params.top_k)[-params.top_k :])
+        ordered = ordered[: params.top_k]
+        mass = params.top_p * ordered.sum()
     else:
-        ordered, mass = likely, params.top_p
-        if ordered.cumsum()[-1] < mass:
-            # those below are all beside the nucleus: together they are less than 1 - top_p
-            least = (1 - params.top_p) / len(probabilities)
-            candidates = probabilities[probabilities >= least].double().cpu().numpy()
-            ordered = np.sort(candidates)[::-1]
+        total = weights.sum(dtype=np.float64)
+        mass = params.top_p * total
+        if ordered.sum() < mass:
+            # those below are all beside the nucleus: together they are less than 1 - top_p of it
+            ordered = _descending(weights[weights >= (1 - params.top_p) * total / vocab])
     if params.top_p < 1:
         ordered = ordered[: int(np.searchsorted(ordered.cumsum(), mass)) + 1]
-    return float(ordered[-1])
+    return max(params.min_p, float(ordered[-1]))
+
+
+def _descending(weights: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    return np.sort(weights)[::-1].astype(np.float64)

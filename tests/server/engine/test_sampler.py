@@ -19,7 +19,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from manylora.server.engine.sampler import Sample, _penalise, _thresholds, sample
+from manylora.server.engine.sampler import Sample, _penalise, _threshold, sample
 from manylora.server.engine.sequence import Sequence
 from manylora.server.engine.types import Request, SamplingParams
 
@@ -165,8 +165,8 @@ def test_what_is_kept_is_what_transformers_keeps(
     """But for a token just at the edge of top_p or min_p, where rounding decides."""
     logits = random_logits(seed, vocab=vocab)[0] * spread
     params = SamplingParams(temperature=1.0, top_k=top_k, top_p=top_p, min_p=min_p)
-    probabilities = torch.softmax(logits, dim=-1)
-    kept = probabilities >= _thresholds(probabilities[None], [params])[0]
+    weights = (logits - logits.max()).exp()
+    kept = weights >= _threshold(weights, params)
     nudge = 1e-5
     least = reference(logits, replace(params, top_p=top_p * (1 - nudge), min_p=min_p), [0], [])
     most_p, most_min = min(top_p * (1 + nudge), 1.0), min_p * (1 - nudge)
