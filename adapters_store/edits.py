@@ -34,11 +34,15 @@ class ModuleKind(Enum):
 
 @dataclass(slots=True, frozen=True)
 class ModuleShape:
-    """One adaptable place of the base: y [rows, out_size] = module(x [rows, in_size])."""
+    """One adaptable place of the base: y [rows, out_size] = module(x [rows, in_size]).
+
+    tied: whether its weight is the input embedding's own.
+    """
 
     kind: ModuleKind
     in_size: int
     out_size: int
+    tied: bool = False
 
 
 @dataclass(slots=True)

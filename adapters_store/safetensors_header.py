@@ -24,7 +24,7 @@ from manylora.errors import InvalidArgument
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
-_KNOWN_BYTES = 1 << 20  # longer headers are not kept
+_KNOWN_BYTES = 1 << 18  # longer headers are not kept
 _MAX_DIMENSIONS = 8
 _METADATA = "__metadata__"
 _NOT_SAFETENSORS = (

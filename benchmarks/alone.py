@@ -33,7 +33,7 @@ def run_alone(bench: Bench) -> list[str]:
 
 
 def _start_and_memory(bench: Bench) -> None:
-    """Memory is looked at after distinct-32, when KV cache and adapter pool are full."""
+    """Memory is looked at after distinct-32, when KV cache and adapters are all there."""
     spec = bench.spec(DISTINCT)
     server = bench.start(DISTINCT, spec)
     try:
@@ -58,8 +58,11 @@ def accounted_bytes(spec: Spec) -> int:
 
 def adapter_bytes(metrics: str) -> int:
     """Of the adapters that are resident, as the server itself counts them."""
-    with urllib.request.urlopen(metrics) as answer:
-        families = text_string_to_metric_families(answer.read().decode())
+    try:
+        with urllib.request.urlopen(metrics, timeout=10) as answer:
+            families = text_string_to_metric_families(answer.read().decode())
+    except OSError as error:
+        raise ContenderError(f"no metrics: {error}") from error
     return int(next(f for f in families if f.name == POOL_USED).samples[0].value)
 
 

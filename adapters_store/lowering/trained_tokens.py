@@ -89,7 +89,7 @@ class BesideLora:
         tied = {
             head: ids
             for module, ids in wanted.items()
-            for head in tied_modules(module, modules, parameter)
+            for head in tied_modules(module, modules)
             if wanted.get(head, ids) == ids
         }
         own = {module: ids for module, ids in wanted.items() if module not in tied}
@@ -120,7 +120,7 @@ class Alone:
     ) -> LoweredAdapter:
         targets, ids, tensors = _read_alone(checkpoint)
         found = [name for name, shape in modules.items() if targets.match(name, shape.kind)]
-        tied = {head: ids for module in found for head in tied_modules(module, modules, parameter)}
+        tied = {head: ids for module in found for head in tied_modules(module, modules)}
         own = {module: ids for module in found if module not in tied}
         return LoweredAdapter(edits=_edits(checkpoint, tensors, own, tied, modules, parameter))
 
@@ -208,7 +208,7 @@ def _edits(
     }
     rows = {name: edit.token_rows for name, edit in edits.items()}
     for head, ids in tied.items():
-        source = next(module for module in own if head in tied_modules(module, modules, parameter))
+        source = next(module for module in own if head in tied_modules(module, modules))
         edits[head] = _edit(
             checkpoint, _Trained(tensors.get(head, tensors[source]), ids), head, modules, parameter
         )

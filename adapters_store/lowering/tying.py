@@ -74,7 +74,7 @@ class Tying:
             head: edit
             for module, edit in embeddings.items()
             if _ties(ConfigReader(checkpoint.config))
-            for head in tied_modules(module, modules, parameter)
+            for head in tied_modules(module, modules)
         }
         edits = {head: _of_head(checkpoint.config, edit) for head, edit in tied.items()}
         for head, tensors in heads.items():

@@ -35,7 +35,7 @@ def make_command() -> Callable[..., None]:
         try:
             from manylora.server.app import run
         finally:
-            gc.freeze()  # nor will it: a pass over all that was imported holds up steps, too
+            gc.freeze()  # what was imported stays, and no pass while serving need look at it
             gc.enable()
         run(settings)
 

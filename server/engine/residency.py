@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import Enum
-from itertools import chain, islice
 from typing import Protocol
 
 import torch
@@ -32,7 +31,7 @@ from manylora.server.engine.pool import Arena, Pool
 from manylora.server.engine.prefix import Prefix
 from manylora.server.engine.types import AdapterKey, Residency, ResidencyState
 
-MAX_STAGED = 4  # on the host or on their way there, at once; explicit loads are counted apart
+MAX_STAGED = 4  # on the host or on their way there at once, and as many explicit loads
 
 
 class Overtaken(Protocol):
@@ -47,6 +46,9 @@ class _Stage(Enum):
     STAGED = "staged"
     RESIDENT = "resident"
     FAILED = "failed"
+
+
+_UNDER_WAY = (_Stage.LOADING, _Stage.STAGED)
 
 
 @dataclass(slots=True)
@@ -111,8 +113,11 @@ class ResidencyManager:
         self._order = {digest: i for i, digest in enumerate(self._keys)}
         for digest, entry in list(self._entries.items()):
             entry.waiters = [waiter for waiter in entry.waiters if not waiter.cancelled()]
-            idle = digest not in self._order and not entry.waiters
-            if idle and entry.stage in (_Stage.QUEUED, _Stage.STAGED):
+            if entry.waiters:
+                continue
+            if entry.stage is _Stage.QUEUED:
+                del self._entries[digest]  # requests that want it ask for it in their order
+            elif entry.stage is _Stage.STAGED and digest not in self._order:
                 del self._entries[digest]
                 self._notify(Residency(entry.key, ResidencyState.EVICTED))
         self._place_staged()
@@ -188,7 +193,7 @@ class ResidencyManager:
             self._notify(self._describe(entry))
         else:
             entry.waiters.append(done)
-            self._start_loads()
+            self._start_explicit_loads()
 
     def unload(self, digest: str, done: Future[None]) -> None:
         """Evicts an adapter that is resident and not in use, and with it the compositions that it
@@ -239,17 +244,30 @@ class ResidencyManager:
     # -- loading -------------------------------------------------------------------------------
 
     def _start_loads(self) -> None:
-        """Explicit ones in the order of their calls, the others in that of the queue."""
-        new = (key for digest, key in self._keys.items() if digest not in self._entries)
-        for explicit in (True, False):
-            group = [e for e in self._entries.values() if bool(e.waiters) is explicit]
-            room = MAX_STAGED - sum(e.stage in (_Stage.LOADING, _Stage.STAGED) for e in group)
-            queued = (e for e in group if e.stage is _Stage.QUEUED)
-            candidates = queued if explicit else chain(queued, map(self._enter, new))
-            for entry in islice(candidates, max(0, room)):
-                entry.stage = _Stage.LOADING
-                self._notify(self._describe(entry))
-                self._executor.submit(self._load, entry.key)
+        """In the order of the queue, behind explicit loads."""
+        self._start_explicit_loads()
+        under_way = [e for e in self._entries.values() if e.stage in _UNDER_WAY]
+        room = 2 * MAX_STAGED - len(under_way)
+        room = min(room, MAX_STAGED - sum(not entry.waiters for entry in under_way))
+        for digest, key in self._keys.items():
+            if room <= 0:
+                return
+            if digest not in self._entries:
+                self._start(self._enter(key))
+                room -= 1
+
+    def _start_explicit_loads(self) -> None:
+        """In the order of their calls."""
+        explicit = [e for e in self._entries.values() if e.waiters]
+        room = MAX_STAGED - sum(entry.stage in _UNDER_WAY for entry in explicit)
+        queued = [entry for entry in explicit if entry.stage is _Stage.QUEUED]
+        for entry in queued[: max(0, room)]:
+            self._start(entry)
+
+    def _start(self, entry: _Entry) -> None:
+        entry.stage = _Stage.LOADING
+        self._notify(self._describe(entry))
+        self._executor.submit(self._load, entry.key)
 
     def _enter(self, key: AdapterKey) -> _Entry:
         entry = self._entries[key.digest] = _Entry(key)

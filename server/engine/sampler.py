@@ -101,8 +101,9 @@ def _draw(logits: Tensor, sequences: Seq[Sequence]) -> list[int]:
     )
     # the largest becomes 0 first, so that a tiny temperature overflows to -inf only
     weights = logits.sub_(logits.amax(dim=-1, keepdim=True)).div_(temperatures).exp_()
-    least = [_threshold(row, its) for row, its in zip(weights, params, strict=True)]
-    if any(least):
+    if any(its.top_k or its.top_p < 1 or its.min_p for its in params):
+        rows = weights.cpu().numpy()
+        least = [_threshold(row, its) for row, its in zip(rows, params, strict=True)]
         thresholds = torch.tensor(least, dtype=torch.float32, device=logits.device)
         weights.masked_fill_(weights < thresholds[:, None], 0)
     numbers = np.array([sequence.rng.random() for sequence in sequences])
@@ -139,22 +140,20 @@ def _first_above(
     return found
 
 
-def _threshold(row: Tensor, params: SamplingParams) -> float:
+def _threshold(weights: npt.NDArray[np.float32], params: SamplingParams) -> float:
     """The least weight that top_k, then top_p (Holtzman et al. 2019) and min_p keep; ties with it
-    are kept too; 0 where all are. row: float32 [vocab], the largest 1."""
-    vocab, by_rank = len(row), 0 < params.top_k < len(row)
+    are kept too; 0 where all are. weights: [vocab], the largest 1."""
+    vocab, by_rank = len(weights), 0 < params.top_k < len(weights)
     if not by_rank and params.top_p == 1:
         return params.min_p
-    weights = row.cpu().numpy()
-    ordered = _descending(weights[weights >= _LIKELY])
+    likely = weights[weights >= _LIKELY]
     if by_rank:
-        if len(ordered) < params.top_k:
-            ordered = _descending(np.partition(weights, -params.top_k)[-params.top_k :])
-        ordered = ordered[: params.top_k]
+        some = likely if len(likely) >= params.top_k else weights
+        ordered = _descending(np.partition(some, -params.top_k)[-params.top_k :])
         mass = params.top_p * ordered.sum()
     else:
         total = weights.sum(dtype=np.float64)
-        mass = params.top_p * total
+        mass, ordered = params.top_p * total, _descending(likely)
         if ordered.sum() < mass:
             # those below are all beside the nucleus: together they are less than 1 - top_p of it
             ordered = _descending(weights[weights >= (1 - params.top_p) * total / vocab])

@@ -14,7 +14,7 @@ from manylora.server.engine.prefix import Prefix
 from manylora.server.engine.residency import Overtaken, ResidencyManager
 from manylora.server.engine.sequence import Gathered, Sequence
 
-MAX_OVERTAKES = 64  # younger requests with adapters, before one whose adapter waits for room
+MAX_OVERTAKES = 64  # requests with adapters that go before one whose adapter waits for room
 
 
 @dataclass(slots=True, frozen=True)
@@ -136,7 +136,8 @@ class Scheduler:
     def _admit(self, chunks: list[Chunk], budget: int) -> list[tuple[Sequence, ManyloraError]]:
         """Admits waiting sequences in order. One whose adapter is not there yet is passed over;
         if it is only room that the adapter lacks, then no more than MAX_OVERTAKES times by others
-        with adapters, because they may keep that room taken for ever."""
+        with adapters, because they may keep that room taken for ever. So is an explicit load, but
+        by whoever comes for the first time."""
         passed: list[Sequence] = []
         self._residency.want([s.request.adapter for s in self.waiting if s.request.adapter])
         failed = take_failed(self.waiting, self._residency)
@@ -148,12 +149,12 @@ class Scheduler:
                 if self._residency.lacks_room(sequence.request.adapter):
                     kept_out.append(sequence)
                 continue
-            if error := self._too_long(sequence) or self._check(sequence):
-                failed.append((self.waiting.popleft(), error))
-                continue
-            rivals = kept_out if sequence.request.adapter else []
+            rivals = kept_out if sequence.request.adapter and sequence.admitted is None else []
             if any(older.overtaken >= MAX_OVERTAKES for older in rivals):
                 passed.append(self.waiting.popleft())
+                continue
+            if error := self._too_long(sequence) or self._check(sequence):
+                failed.append((self.waiting.popleft(), error))
                 continue
             if not self._start(sequence):
                 break

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,9 @@ def shapes(base: nn.Module) -> dict[str, ModuleShape]:
     """Of the modules that an engine would adapt."""
     embedding = base.get_input_embeddings()  # type: ignore[operator]
     return {
-        name: shape_of(module)
+        name: replace(
+            shape_of(module), tied=name == "lm_head" and module.weight is embedding.weight
+        )
         for name, module in base.named_modules()
         if isinstance(module, nn.Linear | nn.LayerNorm) or module is embedding
     }

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from transformers import PreTrainedModel
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
@@ -160,7 +162,11 @@ class AdaptedEmbedding(nn.Module):
 
 
 def adapt(
-    model: nn.Module, names: Iterable[str], head: str | None, others: Iterable[str], step: StepState
+    model: PreTrainedModel,
+    names: Iterable[str],
+    head: str | None,
+    others: Iterable[str],
+    step: StepState,
 ) -> dict[str, ModuleShape]:
     """Puts a twin in the place of each named module and of the head, in the model's tree.
 
@@ -173,10 +179,13 @@ def adapt(
     Returns:
         The adaptable modules; a module's id is its place in the order.
     """
+    embedding = model.get_input_embeddings().weight
     modules: dict[str, ModuleShape] = {}
     for name in (*names, *([head] if head else ()), *others):
         base = model.get_submodule(name)
         shape = shape_of(base)
+        if name == head:
+            shape = replace(shape, tied=base.weight is embedding)
         twin = AdaptedHead if name == head else _TWINS[shape.kind]
         model.set_submodule(name, twin(base, len(modules), step))
         modules[name] = shape

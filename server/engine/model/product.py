@@ -39,7 +39,7 @@ class PlainProduct:
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.bias = bias
         self.in_size = weight.shape[1]
-        self._weight = weight
+        self._weight = weight  # the parameter itself, whose data moves once the model is loaded
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x, self._weight, self.bias)

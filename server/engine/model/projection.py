@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from manylora.kernels import SliceGroup
 from manylora.server.engine.model.adapt import AdaptedHead, AdaptedLinear
-from manylora.server.engine.model.product import MakeProduct, Product
+from manylora.server.engine.model.product import MakeProduct, PlainProduct, Product
 from manylora.server.engine.model.step import StepState
 
 
@@ -89,15 +89,15 @@ class Projection:
 
 
 class FusedHead(AdaptedHead):
-    """The head with a product of its own; its weight is there too if the embedding shares it."""
+    """The head with a product of its own. Its weight stays in the tree if the embedding shares it,
+    or if the product uses it as it is."""
 
     def __init__(self, head: AdaptedHead, make: MakeProduct, *, tied: bool) -> None:
         nn.Module.__init__(self)
         self.bias, self.group, self.step = head.bias, head.group, head.step
-        if tied:
+        self.packed = PackedRows(make(head.weight, head.bias), 0, len(head.weight))
+        if tied or isinstance(self.packed.product, PlainProduct):
             self.weight = head.weight
-        weight = head.weight if tied else head.weight.detach().clone()  # its file is let go of
-        self.packed = PackedRows(make(weight, head.bias), 0, len(weight))
 
     def product(self, x: Tensor) -> Tensor:
         y = self.packed.product(x.flatten(0, -2))

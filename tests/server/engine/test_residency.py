@@ -258,6 +258,16 @@ def test_explicit_loads_take_no_more_host_memory_than_requests(make: Make) -> No
     assert loading.state("h") is None
 
 
+def test_an_explicit_load_begins_no_other(make: Make) -> None:
+    """Of one that has failed, and that requests wanted in the step before."""
+    loading = make()
+    want(loading, "d")
+    loading.finish("d", BROKEN)
+    loading.manager.take_failures()
+    load(loading, "e")
+    assert loading.loading == ["e"]
+
+
 def test_what_nobody_wants_any_more_takes_nobodys_place(make: Make) -> None:
     """A request was cancelled while its adapter was on its way."""
     loading = make()

@@ -166,7 +166,7 @@ def test_what_is_kept_is_what_transformers_keeps(
     logits = random_logits(seed, vocab=vocab)[0] * spread
     params = SamplingParams(temperature=1.0, top_k=top_k, top_p=top_p, min_p=min_p)
     weights = (logits - logits.max()).exp()
-    kept = weights >= _threshold(weights, params)
+    kept = weights >= _threshold(weights.numpy(), params)
     nudge = 1e-5
     least = reference(logits, replace(params, top_p=top_p * (1 - nudge), min_p=min_p), [0], [])
     most_p, most_min = min(top_p * (1 + nudge), 1.0), min_p * (1 - nudge)
