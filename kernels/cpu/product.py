@@ -32,7 +32,9 @@ class PackedWeight:
             self._fill(self.panels[whole:], last)
 
     def _fill(self, panels: torch.Tensor, weight: torch.Tensor) -> None:
-        pairs = weight.contiguous().view(torch.int32).view(-1, _PANEL, self.in_size // 2)
+        if not weight.is_contiguous() or weight.storage_offset() % 2:
+            weight = weight.clone(memory_format=torch.contiguous_format)
+        pairs = weight.view(torch.int32).view(-1, _PANEL, self.in_size // 2)
         panels.view(torch.int32).squeeze(-1).copy_(pairs.transpose(1, 2))
 
     def unpack(self, start: int = 0, size: int | None = None) -> torch.Tensor:

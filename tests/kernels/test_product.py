@@ -79,6 +79,15 @@ def test_unpack(out: int) -> None:
     assert torch.equal(packed.unpack(3, 9), w[3:12])
 
 
+def test_weights_that_lie_anyhow() -> None:
+    """A head is packed as its file has it."""
+    w = matrix(35, 64, 1)
+    wide, odd = matrix(35, 65, 2), torch.zeros(w.numel() + 1, dtype=torch.bfloat16)
+    wide[:, 1:], odd[1:] = w, w.flatten()
+    for same in (wide[:, 1:], odd[1:].view(35, 64)):
+        assert torch.equal(cpu.PackedWeight(same, cpu.HugeArena()).unpack(), w)
+
+
 def test_misfit() -> None:
     packed = cpu.PackedWeight(matrix(16, 64, 1), cpu.HugeArena())
     with pytest.raises(ValueError, match="found x"):
