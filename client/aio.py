@@ -101,7 +101,9 @@ class AsyncClient:
             logprobs=logprobs,
         )
         with translated():
-            answer = await self._inference.Generate(request, timeout=timeout or self._timeout)
+            answer = await self._inference.Generate(
+                request, timeout=self._timeout if timeout is None else timeout
+            )
         return types.completion(answer)
 
     async def stream(
@@ -144,7 +146,9 @@ class AsyncClient:
             ignore_eos=ignore_eos,
             logprobs=logprobs,
         )
-        call = self._inference.StreamGenerate(request, timeout=timeout or self._timeout)
+        call = self._inference.StreamGenerate(
+            request, timeout=self._timeout if timeout is None else timeout
+        )
         try:
             with translated():
                 async for part in call:
@@ -170,7 +174,9 @@ class AsyncClient:
             adapter=requests.adapter_reference(adapter),
         )
         with translated():
-            answer = await self._inference.Classify(request, timeout=timeout or self._timeout)
+            answer = await self._inference.Classify(
+                request, timeout=self._timeout if timeout is None else timeout
+            )
         return types.classification(answer)
 
     async def classify_tokens(
@@ -190,7 +196,9 @@ class AsyncClient:
             adapter=requests.adapter_reference(adapter),
         )
         with translated():
-            answer = await self._inference.ClassifyTokens(request, timeout=timeout or self._timeout)
+            answer = await self._inference.ClassifyTokens(
+                request, timeout=self._timeout if timeout is None else timeout
+            )
         return types.token_classification(answer)
 
     async def embed(
@@ -215,7 +223,9 @@ class AsyncClient:
             normalize=normalize,
         )
         with translated():
-            answer = await self._inference.Embed(request, timeout=timeout or self._timeout)
+            answer = await self._inference.Embed(
+                request, timeout=self._timeout if timeout is None else timeout
+            )
         return types.embedding(answer)
 
     async def tokenize(

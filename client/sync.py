@@ -95,7 +95,9 @@ class Client:
             logprobs=logprobs,
         )
         with translated():
-            answer = self._inference.Generate(request, timeout=timeout or self._timeout)
+            answer = self._inference.Generate(
+                request, timeout=self._timeout if timeout is None else timeout
+            )
         return types.completion(answer)
 
     def stream(
@@ -138,7 +140,9 @@ class Client:
             ignore_eos=ignore_eos,
             logprobs=logprobs,
         )
-        call = self._inference.StreamGenerate(request, timeout=timeout or self._timeout)
+        call = self._inference.StreamGenerate(
+            request, timeout=self._timeout if timeout is None else timeout
+        )
         try:
             with translated():
                 for part in call:
@@ -164,7 +168,9 @@ class Client:
             adapter=requests.adapter_reference(adapter),
         )
         with translated():
-            answer = self._inference.Classify(request, timeout=timeout or self._timeout)
+            answer = self._inference.Classify(
+                request, timeout=self._timeout if timeout is None else timeout
+            )
         return types.classification(answer)
 
     def classify_tokens(
@@ -184,7 +190,9 @@ class Client:
             adapter=requests.adapter_reference(adapter),
         )
         with translated():
-            answer = self._inference.ClassifyTokens(request, timeout=timeout or self._timeout)
+            answer = self._inference.ClassifyTokens(
+                request, timeout=self._timeout if timeout is None else timeout
+            )
         return types.token_classification(answer)
 
     def embed(
@@ -209,7 +217,9 @@ class Client:
             normalize=normalize,
         )
         with translated():
-            answer = self._inference.Embed(request, timeout=timeout or self._timeout)
+            answer = self._inference.Embed(
+                request, timeout=self._timeout if timeout is None else timeout
+            )
         return types.embedding(answer)
 
     def tokenize(

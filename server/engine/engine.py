@@ -9,7 +9,8 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import assert_never
@@ -108,7 +109,8 @@ class Engine:
         self._module_ids = {name: i for i, name in enumerate(self.model.modules)}
 
         table = kernels.EditTable(settings.max_adapters, len(self._module_ids), self.device)
-        self._pool = Pool(settings.adapter_bytes, self.model.dtype, self.device)
+        with _reserving("adapter_bytes", settings.adapter_bytes):
+            self._pool = Pool(settings.adapter_bytes, self.model.dtype, self.device)
         self._residency = ResidencyManager(
             self._pool,
             table,
@@ -188,8 +190,8 @@ class Engine:
                     self._finish(alive, outcome)
             case Load(key, pin, done):
                 self._residency.load(key, pin, done)
-            case Unload(digest, done):
-                self._residency.unload(digest, done)
+            case Unload(digest, done, when_idle):
+                self._residency.unload(digest, done, when_idle=when_idle)
             case Inspect(done):
                 self._flush()  # events older than the answer go before it
                 answer(done, self._residency.snapshot())
@@ -323,7 +325,7 @@ class Engine:
             match message:
                 case Submit(request):
                     self._events.append(ErrorEvent(request.id, error))
-                case Load(_, _, done) | Unload(_, done) | Inspect(done):
+                case Load(_, _, done) | Unload(_, done, _) | Inspect(done):
                     refuse(done, error)
         self._residency.close()
         self._events.append(EndEvent())
@@ -399,7 +401,8 @@ class Engine:
                 wanted=f"at least {block_bytes}",
             )
         shapes = [(total, heads, size, dim) for heads, dim in layout for _ in "kv"]
-        tensors = kernels.side_by_side(shapes, dtype, self.device)
+        with _reserving("kv_cache_bytes", self._settings.kv_cache_bytes):
+            tensors = kernels.side_by_side(shapes, dtype, self.device)
         model.attach_cache(list(zip(tensors[::2], tensors[1::2], strict=True)))
         return total
 
@@ -415,6 +418,17 @@ class Engine:
             slots_total=self._settings.max_adapters,
             slots_used=self._residency.slots_used,
         )
+
+
+@contextmanager
+def _reserving(field: str, size: int) -> Iterator[None]:
+    """Raises FailedPrecondition where the system does not have so much memory to give."""
+    try:
+        yield
+    except (OSError, OverflowError, ValueError, RuntimeError) as error:
+        raise FailedPrecondition(
+            f"the memory cannot be reserved: {error}", field=field, found=f"{size} bytes"
+        ) from error
 
 
 def _device(name: str) -> str:

@@ -233,10 +233,13 @@ class AsyncEngine:
         self._engine.put(Load(key, pin, done))
         return await asyncio.wrap_future(done)
 
-    async def unload_adapter(self, digest: str) -> None:
-        """Raises NotFound if it is not resident, FailedPrecondition if it is in use."""
+    async def unload_adapter(self, digest: str, *, when_idle: bool = False) -> None:
+        """when_idle: one in use, or on its way, goes as soon as no request wants it.
+
+        Raises NotFound if it is not resident, FailedPrecondition if it is in use.
+        """
         done: Future[None] = Future()
-        self._engine.put(Unload(digest, done))
+        self._engine.put(Unload(digest, done, when_idle))
         await asyncio.wrap_future(done)
 
     async def residency(self) -> list[Residency]:

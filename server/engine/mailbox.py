@@ -47,6 +47,7 @@ class Load:
 class Unload:
     digest: str
     done: Future[None]
+    when_idle: bool = False
 
 
 @dataclass(slots=True, frozen=True)

@@ -60,6 +60,7 @@ class _Entry:
     slot: int = -1
     users: int = 0
     pinned: bool = False
+    leaving: bool = False  # goes as soon as nobody wants it
     last_used: int = 0
     overtaken: int = 0  # requests with adapters, admitted while this waited for room
     load_seconds: float = 0.0
@@ -117,6 +118,9 @@ class ResidencyManager:
                 continue
             if entry.stage is _Stage.QUEUED:
                 del self._entries[digest]  # requests that want it ask for it in their order
+            elif entry.leaving and entry.stage is _Stage.RESIDENT:
+                if not entry.users and digest not in self._order:
+                    self._evict(entry)
             elif entry.stage is _Stage.STAGED and digest not in self._order:
                 del self._entries[digest]
                 self._notify(Residency(entry.key, ResidencyState.EVICTED))
@@ -186,7 +190,7 @@ class ResidencyManager:
         entry = self._entries.get(key.digest)
         if entry is None or entry.stage is _Stage.FAILED:
             entry = self._enter(key)
-        entry.pinned = pin
+        entry.pinned, entry.leaving = pin, False
         if entry.stage is _Stage.RESIDENT:
             self._touch(entry)
             answer(done, self._describe(entry))
@@ -195,9 +199,12 @@ class ResidencyManager:
             entry.waiters.append(done)
             self._start_explicit_loads()
 
-    def unload(self, digest: str, done: Future[None]) -> None:
+    def unload(self, digest: str, done: Future[None], *, when_idle: bool = False) -> None:
         """Evicts an adapter that is resident and not in use, and with it the compositions that it
-        is part of; one on its way comes without a pin."""
+        is part of; one on its way comes without a pin. when_idle: others go when they may."""
+        if when_idle:
+            for entry in self._entries.values():
+                entry.leaving |= entry.key.uses(digest)
         if (own := self._entries.get(digest)) and own.stage is not _Stage.RESIDENT:
             own.pinned = False
         entries = [e for e in self._entries.values() if e.key.uses(digest)]
@@ -205,6 +212,10 @@ class ResidencyManager:
         users = sum(entry.users for entry in resident)
         if not resident:
             refuse(done, NotFound("adapter is not resident", field="name", found=digest))
+        elif users and when_idle:
+            for entry in resident:
+                entry.pinned = False
+            answer(done, None)
         elif users:
             found = f"{users} running requests"
             refuse(done, FailedPrecondition("adapter is in use", field="name", found=found))

@@ -5,6 +5,7 @@ The threads only read, so a scrape never waits for the event loop, nor a request
 
 from __future__ import annotations
 
+import logging
 import socket
 import threading
 from collections.abc import Callable, Iterable
@@ -18,6 +19,8 @@ from manylora.errors import FailedPrecondition
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
+
+logger = logging.getLogger(__name__)
 
 
 class HttpEndpoint:
@@ -65,6 +68,10 @@ class _Server(ThreadingMixIn, WSGIServer):
         TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
         self.setup_environ()
+
+    def handle_error(self, request: object, client_address: object) -> None:  # noqa: ARG002
+        """Clients that say nothing, or go, are no news either."""
+        logger.debug("HTTP with %s failed", client_address, exc_info=True)
 
 
 class _Handler(WSGIRequestHandler):

@@ -17,7 +17,6 @@ from manylora.adapters_store.names import check_alias, check_name
 from manylora.adapters_store.store import Page, Store
 from manylora.adapters_store.upload import Upload
 from manylora.errors import (
-    FailedPrecondition,
     InvalidArgument,
     ManyloraError,
     NotFound,
@@ -152,17 +151,13 @@ class AdapterService(pb_grpc.AdapterServiceServicer):
         return empty_pb2.Empty()
 
     async def _release(self, version: AdapterVersion) -> None:
-        """Takes a deleted version off the device, or, where requests run on it, takes its pin
-        away; leaves it if another version has the same bytes."""
+        """Takes a deleted version off the device once no request runs on it; leaves it if another
+        version has the same bytes."""
         try:
             await in_thread(partial(self._store.open_object, version.digest))
         except NotFound:
             with suppress(ManyloraError):  # not there, or gone meanwhile: as wanted
-                try:
-                    await self._engine.unload_adapter(version.digest)
-                except FailedPrecondition:
-                    if version.digest in await self._residencies():
-                        await self._engine.load_adapter(_key(version), pin=False)
+                await self._engine.unload_adapter(version.digest, when_idle=True)
 
     async def LoadAdapter(self, request: pb.LoadAdapterRequest, context: Context) -> pb.Residency:
         version = await self._resolve(request.name)

@@ -163,9 +163,10 @@ class InferenceService(pb_grpc.InferenceServiceServicer):
     async def _read(self, prompt: pb.Prompt) -> Encoded:
         """The prompt's tokens; of types that the base does not tell apart, none but those that the
         caller gave."""
-        encoded = await read_prompt(self._engine.tokenizer, prompt)
+        engine = self._engine
+        encoded = await read_prompt(engine.tokenizer, prompt, engine.info.max_context)
         given = prompt.WhichOneof("content") == "token_ids"
-        return encoded if given or self._engine.info.token_types > 1 else replace(encoded, types=[])
+        return encoded if given or engine.info.token_types > 1 else replace(encoded, types=[])
 
 
 def _deadline(context: Context) -> float | None:

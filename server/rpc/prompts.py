@@ -8,9 +8,13 @@ from manylora.errors import InvalidArgument
 from manylora.server.engine.tokenizer import ChatMessage, Encoded, Tokenizer
 from manylora.v1 import inference_pb2 as pb
 
+MOST_CHARACTERS = 64  # of text for each token of context, or it is not even looked at
 
-async def read_prompt(tokenizer: Tokenizer, prompt: pb.Prompt) -> Encoded:
-    """Raises InvalidArgument if it is empty, and what the base's chat template raises."""
+
+async def read_prompt(tokenizer: Tokenizer, prompt: pb.Prompt, max_context: int) -> Encoded:
+    """Raises InvalidArgument if it is empty or longer than any text that could fit, and what the
+    base's chat template raises."""
+    _check_length(prompt, MOST_CHARACTERS * max_context)
     match prompt.WhichOneof("content"):
         case "text" if prompt.text:
             return await asyncio.to_thread(tokenizer.encode, prompt.text)
@@ -24,6 +28,18 @@ async def read_prompt(tokenizer: Tokenizer, prompt: pb.Prompt) -> Encoded:
             raise InvalidArgument("not set", field="prompt", wanted="text, token_ids, chat or pair")
         case form:
             raise InvalidArgument("empty", field=f"prompt.{form}")
+
+
+def _check_length(prompt: pb.Prompt, most: int) -> None:
+    texts = (prompt.text, prompt.pair.first, prompt.pair.second)
+    length = sum(map(len, texts)) + sum(len(message.content) for message in prompt.chat.messages)
+    if length > most:
+        raise InvalidArgument(
+            "longer than the context could hold",
+            field="prompt",
+            found=f"{length} characters",
+            wanted=f"at most {most}",
+        )
 
 
 def _pair(tokenizer: Tokenizer, pair: pb.TextPair) -> Encoded:

@@ -401,6 +401,8 @@ def test_timeouts(connect: Callable[..., Any], server: Served) -> None:
         client.generate(PROMPT, max_tokens=4000, ignore_eos=True, timeout=0.1)
     with pytest.raises(DeadlineExceeded):
         list(client.stream(PROMPT, max_tokens=4000, ignore_eos=True, timeout=0.1))
+    with pytest.raises(DeadlineExceeded):
+        client.generate(PROMPT, timeout=0)
     impatient = connect(server, timeout=0.1)
     with pytest.raises(DeadlineExceeded):
         impatient.generate(PROMPT, max_tokens=4000, ignore_eos=True)

@@ -24,3 +24,12 @@ def test_misfits_of_the_machine(
     with pytest.raises(FailedPrecondition) as caught:
         Engine(settings, Path, lambda events: None, Seen())  # noqa: ARG005
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize("field", ["kv_cache_bytes", "adapter_bytes"])
+@pytest.mark.parametrize("size", [1 << 60, 1 << 70])
+def test_memory_that_no_machine_has(base: Path, field: str, size: int) -> None:
+    sizes = {"kv_cache_bytes": 1 << 20, "adapter_bytes": 1 << 20} | {field: size}
+    with pytest.raises(FailedPrecondition, match="cannot be reserved") as caught:
+        Engine(EngineSettings(model=base, **sizes), Path, lambda events: None, Seen())  # noqa: ARG005
+    assert caught.value.field == field

@@ -332,6 +332,29 @@ def test_unload(make: Make) -> None:
     assert loading.manager.slots_used == 1
 
 
+def test_what_is_to_go_goes_once_nobody_wants_it(make: Make) -> None:
+    loading = make()
+    loading.make_resident("a", "b")
+    loading.manager.acquire("a")
+    done: Future[None] = Future()
+    loading.manager.unload("a", done, when_idle=True)
+    assert done.result(0) is None
+    want(loading, "")
+    assert loading.resident == {"a", "b"}, "a runs"
+    loading.manager.release("a")
+    want(loading, "a")
+    assert loading.resident == {"a", "b"}, "a was preempted"
+    want(loading, "")
+    assert loading.resident == {"b"}
+    load(loading, "c", pin=True)
+    late: Future[None] = Future()
+    loading.manager.unload("c", late, when_idle=True)
+    loading.finish("c")
+    want(loading, "")
+    want(loading, "")
+    assert loading.resident == {"b"}
+
+
 def test_callers_who_give_up(make: Make) -> None:
     """Their futures are cancelled; that disturbs nothing."""
     loading = make()

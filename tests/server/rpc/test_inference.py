@@ -159,6 +159,10 @@ PROMPTS = [
     (pb.Prompt(token_ids=pb.TokenIds(ids=[2**31 - 1])), "prompt.token_ids"),
     (pb.Prompt(token_ids=pb.TokenIds(ids=[5] * CONTEXT)), "prompt"),
     (pb.Prompt(text="the printer is on fire " * 20_000), "prompt"),
+    (
+        pb.Prompt(chat=pb.Chat(messages=[pb.ChatMessage(role="user", content="a" * 300_000)] * 2)),
+        "prompt",
+    ),
 ]
 
 
