@@ -102,7 +102,7 @@ class AsyncClient:
         )
         with translated():
             answer = await self._inference.Generate(
-                request, timeout=self._timeout if timeout is None else timeout
+                request, timeout=requests.limit(timeout, self._timeout)
             )
         return types.completion(answer)
 
@@ -147,7 +147,7 @@ class AsyncClient:
             logprobs=logprobs,
         )
         call = self._inference.StreamGenerate(
-            request, timeout=self._timeout if timeout is None else timeout
+            request, timeout=requests.limit(timeout, self._timeout)
         )
         try:
             with translated():
@@ -175,7 +175,7 @@ class AsyncClient:
         )
         with translated():
             answer = await self._inference.Classify(
-                request, timeout=self._timeout if timeout is None else timeout
+                request, timeout=requests.limit(timeout, self._timeout)
             )
         return types.classification(answer)
 
@@ -197,7 +197,7 @@ class AsyncClient:
         )
         with translated():
             answer = await self._inference.ClassifyTokens(
-                request, timeout=self._timeout if timeout is None else timeout
+                request, timeout=requests.limit(timeout, self._timeout)
             )
         return types.token_classification(answer)
 
@@ -224,7 +224,7 @@ class AsyncClient:
         )
         with translated():
             answer = await self._inference.Embed(
-                request, timeout=self._timeout if timeout is None else timeout
+                request, timeout=requests.limit(timeout, self._timeout)
             )
         return types.embedding(answer)
 

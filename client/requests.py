@@ -206,3 +206,8 @@ def _messages(
             while data := file.read(CHUNK_BYTES):
                 chunk = adapters_pb2.FileChunk(path=path, data=data)
                 yield adapters_pb2.PublishAdapterRequest(chunk=chunk)
+
+
+def limit(asked: float | None, own: float | None) -> float | None:
+    """Seconds of a call: those asked for, 0 too, else the client's own."""
+    return own if asked is None else asked

@@ -96,7 +96,7 @@ class Client:
         )
         with translated():
             answer = self._inference.Generate(
-                request, timeout=self._timeout if timeout is None else timeout
+                request, timeout=requests.limit(timeout, self._timeout)
             )
         return types.completion(answer)
 
@@ -141,7 +141,7 @@ class Client:
             logprobs=logprobs,
         )
         call = self._inference.StreamGenerate(
-            request, timeout=self._timeout if timeout is None else timeout
+            request, timeout=requests.limit(timeout, self._timeout)
         )
         try:
             with translated():
@@ -169,7 +169,7 @@ class Client:
         )
         with translated():
             answer = self._inference.Classify(
-                request, timeout=self._timeout if timeout is None else timeout
+                request, timeout=requests.limit(timeout, self._timeout)
             )
         return types.classification(answer)
 
@@ -191,7 +191,7 @@ class Client:
         )
         with translated():
             answer = self._inference.ClassifyTokens(
-                request, timeout=self._timeout if timeout is None else timeout
+                request, timeout=requests.limit(timeout, self._timeout)
             )
         return types.token_classification(answer)
 
@@ -217,9 +217,7 @@ class Client:
             normalize=normalize,
         )
         with translated():
-            answer = self._inference.Embed(
-                request, timeout=self._timeout if timeout is None else timeout
-            )
+            answer = self._inference.Embed(request, timeout=requests.limit(timeout, self._timeout))
         return types.embedding(answer)
 
     def tokenize(

@@ -55,11 +55,17 @@ Gated = Callable[[Tensor], Tensor]
 
 
 def fuse(
-    model: PreTrainedModel, layers: Sequence[LayerAttention], step: StepState, make: MakeProduct
+    model: PreTrainedModel,
+    layers: Sequence[LayerAttention],
+    step: StepState,
+    make: MakeProduct,
+    *,
+    tied: bool,
 ) -> Mapping[str, PackedRows]:
     """Replaces the decoder's layers by fused ones, if all of them can be.
 
-    make: what multiplies with their weights and the head's.
+    make: what multiplies with their weights and the head's. tied: whether the head's weight is the
+    input embedding's own.
 
     Returns:
         Where the replaced modules' weights are now, by the module's name in the tree; empty if
@@ -89,7 +95,6 @@ def fuse(
         layer.stack = stack
     for name, module in list(model.named_modules()):
         if type(module) is AdaptedHead:
-            tied = module.weight is model.get_input_embeddings().weight
             head = FusedHead(module, make, tied=tied)
             model.set_submodule(name, head)
             if not tied:

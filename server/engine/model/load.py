@@ -109,7 +109,7 @@ def _adapt(model: PreTrainedModel, kernels: Backend, make: MakeProduct | None) -
     layers = attach(seen.attention, step)
     model.config._attn_implementation = ATTENTION
     keep_hidden(model, step)
-    packed = fuse(model, layers, step, make) if make else {}
+    packed = fuse(model, layers, step, make, tied=modules[head].tied) if make else {}
     if packed:
         _let_go_of_file(model)
     adapted = AdaptedModel(

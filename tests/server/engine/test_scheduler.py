@@ -333,16 +333,22 @@ def test_one_whose_adapter_loads_is_passed_over_for_as_long_as_that_takes(
     assert house.finished[-1] is hanging
 
 
+def full_house(houses: list[House], tokens: int) -> House:
+    """With room for one adapter, on which a request of so many tokens runs."""
+    house = House(sequences=3, room=1)
+    houses.append(house)
+    house.add("a", [1], tokens)
+    house.step()
+    house.loading.finish("a")
+    house.step()
+    return house
+
+
 def test_one_whose_adapter_lacks_room_is_passed_over_so_often_and_no_more(
     houses: list[House],
 ) -> None:
     """A never-ending stream on the adapters that fill the memory does not starve it."""
-    house = House(sequences=3, room=1)
-    houses.append(house)
-    house.add("a", [1], 20)
-    house.step()
-    house.loading.finish("a")
-    house.step()
+    house = full_house(houses, 20)
     waiting = house.add("b", [1], 1)
     house.step()
     house.loading.finish("b")
@@ -361,12 +367,7 @@ def test_one_whose_adapter_lacks_room_is_passed_over_so_often_and_no_more(
 
 def test_one_whose_adapter_lacks_room_does_not_hold_up_the_base(houses: list[House]) -> None:
     """The base takes none of the room that it waits for; another adapter's request would."""
-    house = House(sequences=3, room=1)
-    houses.append(house)
-    house.add("a", [1], 4 * MAX_OVERTAKES)
-    house.step()
-    house.loading.finish("a")
-    house.step()
+    house = full_house(houses, 4 * MAX_OVERTAKES)
     waiting = house.add("b", [1], 1)
     house.step()
     house.loading.finish("b")
@@ -388,12 +389,7 @@ def test_one_whose_adapter_lacks_room_does_not_hold_up_the_base(houses: list[Hou
 def test_an_explicit_load_that_lacks_room_is_passed_over_so_often_and_no_more(
     houses: list[House],
 ) -> None:
-    house = House(sequences=3, room=1)
-    houses.append(house)
-    house.add("a", [1], 20)
-    house.step()
-    house.loading.finish("a")
-    house.step()
+    house = full_house(houses, 20)
     done: Future[Residency] = Future()
     house.loading.manager.load(key("b"), False, done)
     house.loading.finish("b")
