@@ -27,6 +27,8 @@ from manylora.errors import DataLoss, InvalidArgument, ManyloraError, NotFound
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _ANY_SIZE = 1 << 62
 
+_Stamp = tuple[tuple[int, ...], ...]  # of each file: inode, size, times of the last changes
+
 
 def digest_of(directory: Path) -> str:
     """A checkpoint's digest: what `sha256sum adapter_config.json adapter_model.safetensors |
@@ -39,6 +41,11 @@ def digest_of(directory: Path) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
+def _stamp_of(directory: Path) -> _Stamp:
+    found = [(directory / name).lstat() for name in CHECKPOINT_FILES]
+    return tuple((s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in found)
+
+
 class Objects:
     """The directory of checkpoints. Thread-safe; `keep` and `detach` of one digest must not run
     at the same time in any process, which the store ensures by its database's write lock."""
@@ -48,7 +55,7 @@ class Objects:
         self._staging = root / "staging"
         self._objects.mkdir(parents=True, exist_ok=True)
         self._staging.mkdir(exist_ok=True, mode=0o700)
-        self._verified: set[str] = set()
+        self._verified: dict[str, _Stamp] = {}
         self._lock = threading.Lock()
 
     def new_staging(self) -> Path:
@@ -73,11 +80,12 @@ class Objects:
         staged.rename(target)
         sync_directory(target.parent)
         with self._lock:
-            self._verified.add(digest)
+            self._verified[digest] = _stamp_of(target)
         return damaged
 
     def open(self, digest: str) -> Path:
-        """The object's directory; its digest is checked once in this object's life.
+        """The object's directory; its digest is checked on first use, and again when its files
+        look changed.
 
         Raises NotFound where there is none, DataLoss where the bytes have changed.
         """
@@ -86,15 +94,17 @@ class Objects:
         path = self._path(digest)
         if not path.exists():
             raise NotFound("no such object in the store", field="digest", found=digest)
-        if not self._is_whole(digest):
-            raise DataLoss("stored bytes do not match their digest", field="digest", found=digest)
-        return path
+        if self._is_whole(digest):
+            return path
+        if not path.exists():  # detached just now
+            raise NotFound("no such object in the store", field="digest", found=digest)
+        raise DataLoss("stored bytes do not match their digest", field="digest", found=digest)
 
     def detach(self, digest: str) -> Path:
         """Takes an object out, at once and whole; returns the directory to destroy, which does
         not exist if the object did not."""
         with self._lock:
-            self._verified.discard(digest)
+            self._verified.pop(digest, None)
         trash = self._staging / secrets.token_hex(16)
         with contextlib.suppress(FileNotFoundError):
             self._path(digest).rename(trash)
@@ -115,16 +125,18 @@ class Objects:
                 self.destroy(self.detach(path.name))
 
     def _is_whole(self, digest: str) -> bool:
-        with self._lock:
-            if digest in self._verified:
-                return True
+        path = self._path(digest)
         try:
-            whole = digest_of(self._path(digest)) == digest
-        except ManyloraError:
-            whole = False
+            stamp = _stamp_of(path)
+            with self._lock:
+                if self._verified.get(digest) == stamp:
+                    return True
+            whole = digest_of(path) == digest
+        except (ManyloraError, OSError):
+            return False
         if whole:
             with self._lock:
-                self._verified.add(digest)
+                self._verified[digest] = stamp
         return whole
 
     def _make_parent(self, target: Path) -> None:

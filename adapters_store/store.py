@@ -52,7 +52,16 @@ class Store:
     """Thread-safe; several processes may open the same root."""
 
     def __init__(self, root: Path, limits: Limits = DEFAULT_LIMITS) -> None:
+        """Raises FailedPrecondition where the root cannot be made or written."""
         self.limits = limits
+        try:
+            self._open(root)
+        except OSError as error:
+            raise FailedPrecondition(
+                f"cannot open the adapter store: {error.strerror}", field="store", found=root
+            ) from error
+
+    def _open(self, root: Path) -> None:
         root.mkdir(parents=True, exist_ok=True)
         with _locked(root / "opening.lock"):
             self._in_use = (root / "in-use.lock").open("w")
@@ -180,7 +189,8 @@ class Store:
         return deleted
 
     def open_object(self, digest: str) -> Path:
-        """The directory with the checkpoint's two files, checked against the digest on first use.
+        """The directory with the checkpoint's two files, checked against the digest on first use
+        and when they look changed.
 
         Raises NotFound for a digest of no version, DataLoss where the bytes are gone or changed.
         """

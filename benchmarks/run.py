@@ -43,7 +43,7 @@ QUICK_BARS = (
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--peers", action="store_true", help="everything; 20 to 75 minutes")
+    parser.add_argument("--peers", action="store_true", help="everything; 20 to 85 minutes")
     parser.add_argument("--model", type=Path, help="a checkpoint; default: SmolLM2-135M-Instruct")
     parser.add_argument("--out", type=Path, help="where records, tables and plots go")
     parser.add_argument(

@@ -7,6 +7,13 @@ from typing import Any
 
 import grpc
 
+_OPTIONS = (
+    ("grpc.max_receive_message_length", -1),
+    # find a dead server: ping after a minute of silence in a call, wait 20 s for the answer
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+)
+
 
 def open_channel(
     kind: Any,
@@ -16,7 +23,7 @@ def open_channel(
 ) -> Any:
     """A channel of `kind`, grpc or grpc.aio; plain without root_certificates. Answers may have any
     size."""
-    options = (("grpc.max_receive_message_length", -1), *options)
+    options = (*_OPTIONS, *options)
     if root_certificates is None:
         return kind.insecure_channel(target, options)
     return kind.secure_channel(target, grpc.ssl_channel_credentials(root_certificates), options)

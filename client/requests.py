@@ -73,12 +73,13 @@ def adapter_reference(adapter: Adapter) -> str:
     Raises InvalidArgument for a mapping of none, which would be answered by the base.
     """
     if isinstance(adapter, str):
-        return adapter
+        return _utf8(adapter, "adapter")
     if not adapter:
         raise InvalidArgument(
             "empty", field="adapter", wanted='names and weights, or "" (the base)'
         )
-    return "+".join(f"{name}*{float(weight)!r}" for name, weight in adapter.items())
+    text = "+".join(f"{name}*{float(weight)!r}" for name, weight in adapter.items())
+    return _utf8(text, "adapter")
 
 
 def pooling(name: Pooling | None) -> inference_pb2.Pooling:
@@ -137,15 +138,26 @@ def generate(
 
 
 def _checked(message: Callable[..., _Message], field: str, **values: object) -> _Message:
-    """The message, or InvalidArgument for a number or text that the proto's type cannot hold."""
+    """The message, or InvalidArgument for a value that the proto's type cannot hold."""
     try:
         return message(**values)
-    except ValueError as error:
-        raise InvalidArgument(str(error), field=field, found=values.popitem()[1]) from None
+    except (TypeError, ValueError) as error:
+        found = values.popitem()[1] if len(values) == 1 else None
+        raise InvalidArgument(str(error), field=field, found=found) from None
+
+
+def _utf8(text: str, field: str) -> str:
+    """The text; raises InvalidArgument where it has none as UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InvalidArgument("not UTF-8", field=field, found=ascii(text)) from None
+    return text
 
 
 def resource_name(reference: str) -> str:
     """The resource name of "tenant/adapter[@version|:alias]"; the server checks its parts."""
+    reference = _utf8(reference, "name")
     mark = "@" if "@" in reference else ":"
     name, marked, version = reference.partition(mark)
     tenant, _, adapter = name.partition("/")
@@ -154,8 +166,12 @@ def resource_name(reference: str) -> str:
 
 def publish_header(name: str, aliases: Sequence[str]) -> adapters_pb2.PublishHeader:
     tenant, _, adapter = name.partition("/")
-    return adapters_pb2.PublishHeader(
-        parent=f"tenants/{tenant}", adapter_id=adapter, aliases=aliases
+    return _checked(
+        adapters_pb2.PublishHeader,
+        "header",
+        parent=f"tenants/{tenant}",
+        adapter_id=adapter,
+        aliases=aliases,
     )
 
 
@@ -163,8 +179,13 @@ def import_adapter(
     name: str, path: str, aliases: Sequence[str]
 ) -> adapters_pb2.ImportAdapterRequest:
     tenant, _, adapter = name.partition("/")
-    return adapters_pb2.ImportAdapterRequest(
-        parent=f"tenants/{tenant}", adapter_id=adapter, path=path, aliases=aliases
+    return _checked(
+        adapters_pb2.ImportAdapterRequest,
+        "adapter",
+        parent=f"tenants/{tenant}",
+        adapter_id=adapter,
+        path=path,
+        aliases=aliases,
     )
 
 
@@ -174,7 +195,7 @@ def list_adapters(of: str, page_token: str) -> adapters_pb2.ListAdaptersRequest:
 
 
 def tenant_parent(tenant: str) -> str:
-    return f"tenants/{tenant}" if tenant else ""
+    return f"tenants/{_utf8(tenant, 'tenant')}" if tenant else ""
 
 
 def upload(

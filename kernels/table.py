@@ -28,7 +28,7 @@ class SliceGroup:
     sizes: tuple[int, ...]
     end: int = field(init=False, repr=False)
     max_module: int = field(init=False, repr=False)
-    address: int = field(init=False, repr=False)
+    address: int = field(init=False, repr=False, compare=False)
     _words: ctypes.Array[ctypes.c_int32] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -41,7 +41,11 @@ class Settings(BaseSettings):
     """What `manylora serve` runs with. Names shared with EngineSettings mean the same there."""
 
     model_config = SettingsConfigDict(
-        env_prefix=ENV_PREFIX, extra="forbid", frozen=True, protected_namespaces=()
+        env_prefix=ENV_PREFIX,
+        env_ignore_empty=True,
+        extra="forbid",
+        frozen=True,
+        protected_namespaces=(),
     )
 
     config: Path | None = Field(None, description="TOML file with any of these settings.")
@@ -140,7 +144,9 @@ class Settings(BaseSettings):
     @field_validator("import_roots", mode="before")
     @classmethod
     def _split_paths(cls, value: object) -> object:
-        return value.split(os.pathsep) if isinstance(value, str) else value
+        if isinstance(value, str):
+            return [path for path in value.split(os.pathsep) if path]
+        return value
 
     @classmethod
     def settings_customise_sources(

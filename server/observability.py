@@ -47,7 +47,7 @@ class PrometheusObserver:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         self._labels = BoundedLabels(adapter_limit)
-        self._states: dict[str, ResidencyState] = {}
+        self._states: dict[AdapterKey, ResidencyState] = {}
         self._make_request_metrics()
         self._make_step_metrics()
         self._make_adapter_metrics()
@@ -86,10 +86,10 @@ class PrometheusObserver:
         self._adapter_generated_tokens.labels(label).inc(usage.completion_tokens)
 
     def on_residency(self, event: Residency) -> None:
-        digest, state = event.key.digest, event.state
-        before = self._states.pop(digest, None)
-        if state is not ResidencyState.EVICTED:
-            self._states[digest] = state
+        key, state = event.key, event.state
+        before = self._states.pop(key, None)
+        if state in (ResidencyState.LOADING, ResidencyState.RESIDENT):
+            self._states[key] = state
         match before, state:
             case ResidencyState.LOADING, ResidencyState.RESIDENT:
                 self._loads.inc()

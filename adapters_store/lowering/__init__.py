@@ -34,10 +34,18 @@ from manylora.adapters_store.lowering import (
     vera,
 )
 from manylora.adapters_store.lowering.base_copies import BaseParameter
-from manylora.adapters_store.lowering.heads import read_task, split_head
+from manylora.adapters_store.lowering.heads import check_pooler, read_task, split_head
 from manylora.errors import FailedPrecondition, InvalidArgument
 
-__all__ = ["FAMILIES", "BaseParameter", "check_config", "lower", "peft_type", "read_task"]
+__all__ = [
+    "FAMILIES",
+    "BaseParameter",
+    "check_config",
+    "check_pooler",
+    "lower",
+    "peft_type",
+    "read_task",
+]
 
 
 class Family(Protocol):
@@ -109,7 +117,7 @@ def check_config(checkpoint: Checkpoint, limits: Limits) -> int:
     sound but not served; both name the key or tensor.
     """
     rest, _ = split_head(checkpoint)
-    return FAMILIES[peft_type(checkpoint)].check(rest, limits)
+    return _family(checkpoint).check(rest, limits)
 
 
 def lower(
@@ -125,5 +133,17 @@ def lower(
     shape and the shape wanted where the adapter does not fit, and what check_config raises.
     """
     rest, head = split_head(checkpoint)
-    lowered = FAMILIES[peft_type(checkpoint)].lower(rest, modules, parameter)
+    lowered = _family(checkpoint).lower(rest, modules, parameter)
     return replace(lowered, head=head)
+
+
+def _family(checkpoint: Checkpoint) -> Family:
+    family = FAMILIES[peft_type(checkpoint)]
+    if isinstance(family, prompts.PromptFamily) and checkpoint.config.get("task_type") is None:
+        raise FailedPrecondition(
+            "without a task peft puts nothing before a prompt",
+            field=f"{CONFIG_FILE}: task_type",
+            found="null",
+            wanted="the task it was trained for",
+        )
+    return family

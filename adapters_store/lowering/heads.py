@@ -20,6 +20,8 @@ from manylora.adapters_store.files import CONFIG_FILE, WEIGHTS_FILE
 from manylora.adapters_store.format import Checkpoint
 from manylora.adapters_store.head import Head, HeadLayer, Problem, Task
 from manylora.adapters_store.lowering.config_reader import ConfigReader
+from manylora.adapters_store.lowering.patterns import Matcher
+from manylora.adapters_store.lowering.targets import read_targets
 from manylora.adapters_store.lowering.tensors import PREFIX
 from manylora.errors import FailedPrecondition, InvalidArgument
 
@@ -51,6 +53,21 @@ def read_task(config: Mapping[str, object]) -> Task:
         found=ascii(value),
         wanted=f"null or one of {', '.join(task.value for task in Task)}",
     )
+
+
+def check_pooler(config: Mapping[str, object]) -> None:
+    """For an encoder's FEATURE_EXTRACTION, whose pooler peft adapts, too, to no effect: raises
+    FailedPrecondition where that would change what other modules get, since it is by their number.
+    """
+    if config.get("peft_type") not in ("TINYLORA", "UNILORA"):
+        return
+    if read_targets(ConfigReader(config), Matcher()).match("pooler.dense"):
+        raise FailedPrecondition(
+            "peft counts the base's pooler among the modules",
+            field=f"{CONFIG_FILE}: target_modules",
+            found="pooler.dense",
+            wanted="modules of the layers alone",
+        )
 
 
 def split_head(checkpoint: Checkpoint) -> tuple[Checkpoint, Head | None]:

@@ -16,6 +16,7 @@ from enum import Enum
 import torch
 
 from manylora.adapters_store.edits import ModuleEdit, ModuleKind
+from manylora.adapters_store.files import CONFIG_FILE
 from manylora.adapters_store.lowering.config_reader import ConfigReader
 from manylora.adapters_store.lowering.low_rank import difference
 from manylora.adapters_store.lowering.place import Place
@@ -60,7 +61,7 @@ def minus_initial(edit: ModuleEdit, init: Init, place: Place) -> ModuleEdit:
     """The edit of the unchanged base.
 
     Raises FailedPrecondition without the base's weight, where it leaves the pair undetermined,
-    and for OLoRA of a Conv1D, which peft cannot run.
+    for a tied weight, and for OLoRA of a Conv1D, which peft cannot run.
     """
     assert edit.a is not None
     assert edit.b is not None
@@ -70,6 +71,19 @@ def minus_initial(edit: ModuleEdit, init: Init, place: Place) -> ModuleEdit:
             "peft changes the base's weights and quantises them anew",
             field=place.name,
             wanted="the adapter converted to plain LoRA",
+        )
+    if place.shape.tied:
+        raise FailedPrecondition(
+            "peft changes the input embedding with the weight that is tied to it",
+            field=place.name,
+            wanted="the adapter converted to plain LoRA",
+        )
+    if init is Init.PISSA and edit.scale <= 0:
+        raise FailedPrecondition(
+            "PiSSA divides by the scale",
+            field=f"{CONFIG_FILE}: lora_alpha",
+            found=edit.scale,
+            wanted="more than 0",
         )
     if init is Init.PISSA:
         a0, b0 = _principal(place, rank, edit.scale)

@@ -46,7 +46,9 @@ class Targets:
         if self._excluded(name):
             return False
         if self.all_linear:
-            return kind is None or (kind is not ModuleKind.EMBEDDING and "." in name)
+            return kind not in (ModuleKind.EMBEDDING, ModuleKind.NORM) and (
+                kind is None or "." in name
+            )
         if isinstance(self.modules, str):
             return self.matcher.fullmatch(self.modules, name, "target_modules")
         if name in self.modules:

@@ -27,7 +27,10 @@ struct alignas(64) TileShapes {
     rows[tile] = static_cast<uint8_t>(its_rows);
     bytes[tile] = static_cast<uint16_t>(its_bytes);
   }
-  __attribute__((always_inline)) void use() const { _tile_loadconfig(this); }
+  __attribute__((always_inline)) void use() const {
+    asm volatile("" : : "r"(this) : "memory");  // the intrinsic does not say that it reads all of it
+    _tile_loadconfig(this);
+  }
 };
 
 // The compiler's intrinsics are macros that want their tiles' numbers as literals, and do not say

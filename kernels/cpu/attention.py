@@ -121,9 +121,7 @@ def paged_attention(
         0 if slopes is None else _per_head("slopes", slopes, heads),
         0 if sinks is None else _per_head("sinks", sinks, heads),
     )
-    # empty_like is the quickest way to a tensor, but keeps the order of q's dimensions.
-    in_order = head_stride == head_dim and row_stride >= heads * head_dim
-    out = torch.empty_like(q) if in_order else torch.empty(q.shape, dtype=q.dtype)
+    out = q.new_empty(rows, heads, head_dim)
     _attend(
         out.data_ptr(),
         q.data_ptr(),

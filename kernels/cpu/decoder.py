@@ -140,7 +140,7 @@ class DecoderLayers:
                 f"slots to {plan.max_slot}, table of {table.slots} slots and {table.modules} "
                 f"modules, pool {pool.dtype}"
             )
-        buffers = [torch.empty(rows, width, dtype=torch.bfloat16) for width in self._widths]
+        buffers = [x.new_empty(rows, width) for width in self._widths]
         activation, eps, offset = self._fixed
         step = _Step(
             rows,
@@ -171,7 +171,24 @@ def _widths(layer: DecoderLayer) -> tuple[int, ...]:
     found = (qkv.out_size, o.in_size, o.out_size, gate_up.in_size, gate_up.out_size, down.out_size)
     if found != wanted:
         raise ValueError(f"decoder_layers: found sizes {found}; wanted {wanted}")
+    for projection in layer.projections:
+        _check(projection.bias, projection.weight.out_size)
+        if projection.group.end > projection.weight.out_size:
+            raise ValueError(f"decoder_layers: found {projection.group}; wanted its columns")
+    for norm, size in zip(layer.norms, (*[hidden] * 4, *[call.head_dim] * 2), strict=True):
+        _check(norm, size)
+    if not layer.k_cache.is_contiguous() or not layer.v_cache.is_contiguous():
+        raise ValueError("decoder_layers: found caches with gaps; wanted contiguous ones")
     return hidden, hidden, qkv.out_size, o.in_size, gate_up.out_size, down.in_size
+
+
+def _check(vector: torch.Tensor | None, size: int) -> None:
+    if vector is None:
+        return
+    if vector.dtype != torch.bfloat16 or vector.shape != (size,) or not vector.is_contiguous():
+        raise ValueError(
+            f"decoder_layers: found {vector.dtype} {tuple(vector.shape)}; wanted bfloat16 [{size}]"
+        )
 
 
 def _words(layer: DecoderLayer) -> _Layer:

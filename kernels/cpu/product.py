@@ -27,7 +27,7 @@ class PackedWeight:
         whole = self.out_size // _PANEL
         self._fill(self.panels[:whole], weight[: whole * _PANEL])
         if whole < count:
-            last = torch.zeros(_PANEL, self.in_size, dtype=torch.bfloat16)
+            last = weight.new_zeros((_PANEL, self.in_size))
             last[: self.out_size - whole * _PANEL] = weight[whole * _PANEL :]
             self._fill(self.panels[whole:], last)
 
@@ -78,7 +78,7 @@ def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = No
             f"bfloat16 [{out_size}]; found x {tuple(x.shape)} {x.stride()} {x.dtype}, "
             f"bias {None if bias is None else (tuple(bias.shape), bias.dtype)}"
         )
-    y = torch.empty(rows, out_size, dtype=torch.bfloat16)
+    y = x.new_empty(rows, out_size)
     _linear(
         y.data_ptr(),
         out_size,

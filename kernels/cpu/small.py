@@ -37,7 +37,7 @@ def rms_norm(
     dtype = x.dtype
     if step != 1 or weight.dtype != dtype or weight.numel() != size or not weight.is_contiguous():
         raise _misfit("rms_norm", x, weight)
-    out = torch.empty_like(x) if stride == size else torch.empty(rows, size, dtype=dtype)
+    out = x.new_empty(rows, size)
     _rms_norm(
         out.data_ptr(),
         x.data_ptr(),
@@ -74,7 +74,7 @@ def layer_norm(
         bias.dtype != dtype or bias.numel() != size or not bias.is_contiguous()
     ):
         raise _misfit("layer_norm", x, bias)
-    out = torch.empty_like(x) if stride == size else torch.empty(rows, size, dtype=dtype)
+    out = x.new_empty(rows, size)
     _layer_norm(
         out.data_ptr(),
         x.data_ptr(),
@@ -166,7 +166,7 @@ def _gate(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
             "gate_up: wanted [rows, 2 * n] with contiguous rows; "
             f"found {tuple(gate_up.shape)} {gate_up.stride()}"
         )
-    out = torch.empty(rows, size, dtype=gate_up.dtype)
+    out = gate_up.new_empty(rows, size)
     _act_mul(
         out.data_ptr(),
         gate_up.data_ptr(),

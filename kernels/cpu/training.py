@@ -24,7 +24,7 @@ def add_low_rank_(
 ) -> None:
     """See `manylora.kernels.reference_training.add_low_rank_`."""
     check_stacked(y, x, a, bt, stack, plan.rows, plan.max_slot)
-    hidden = torch.empty(plan.edited, stack.max_rank)
+    hidden = x.new_empty((plan.edited, stack.max_rank), dtype=torch.float32)
     _forward(
         y.data_ptr(),
         y.stride(0),
@@ -47,7 +47,7 @@ def low_rank_backward_(
 ) -> None:
     """See `manylora.kernels.reference_training.low_rank_backward_`."""
     check_gradients(dx, da, dbt, dy, x, a, bt, stack, plan.rows, plan.max_slot)
-    hidden = torch.empty(2, plan.edited, stack.max_rank)
+    hidden = x.new_empty((2, plan.edited, stack.max_rank), dtype=torch.float32)
     _backward(
         dx.data_ptr(),
         dx.stride(0),

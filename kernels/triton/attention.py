@@ -4,7 +4,8 @@ A program has a tile of queries (some positions of one sequence times all query 
 head) and walks the keys they see in tiles, with the running maximum and sum of the softmax
 (Milakov & Gimelshein 2018; Dao et al. 2022). Scores are kept in base 2. Key tiles lie at multiples
 of their size from the sequence's start, and a tile of which a row sees nothing changes nothing in
-that row; so a row's bits depend neither on its neighbours nor on how its prompt was cut.
+that row; so a row's bits do not depend on its neighbours, nor on how its prompt was cut, but for a
+piece of one row, which is rounded as a decode is.
 
 Sequences with several rows (`chunk`): all keys in one program, 64 rows of queries times heads.
 Sequences with one row (decode): 16 rows, as the matrix units want, of which the query heads of a
@@ -28,6 +29,7 @@ import triton.language as tl
 
 from manylora.kernels.attention import AttentionBatch
 from manylora.kernels.triton import tiles
+from manylora.kernels.triton.dot import dot
 
 _LOG2E = tl.constexpr(math.log2(math.e))
 
@@ -65,7 +67,9 @@ def paged_attention(
     decode = tiles.decode_tiles(group, head_dim, q.dtype, on)
     chunk = tiles.chunk_tiles(group, head_dim, q.dtype, on)
     splits = max(1, triton.cdiv(max_blocks * block_size, decode.split))
-    parts = torch.empty(seqs, heads, splits, decode.dim + 2, dtype=torch.float32, device=q.device)
+    in_parts = batch.decodes != 0 and splits > 1
+    shape = (seqs, heads, splits if in_parts else 0, decode.dim + 2)
+    parts = torch.empty(shape, dtype=torch.float32, device=q.device)
     runs: list[tuple[tiles.AttentionTiles, tuple[int, ...]]] = []
     if batch.decodes != 0:
         runs.append((decode, (seqs, kv_heads, splits)))
@@ -104,7 +108,7 @@ def paged_attention(
             num_warps=plan_of.warps,
             num_stages=plan_of.stages,
         )
-    if batch.decodes != 0 and splits > 1:
+    if in_parts:
         _combine[(seqs, heads)](
             out,
             parts,
@@ -145,7 +149,7 @@ def check_fit(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seqs", "max_blocks", "splits"])
 def _attend(
     out: tl.tensor,
     q: tl.tensor,
@@ -219,7 +223,6 @@ def _attend(
     if slopes is not None:
         slope = tl.load(slopes + head, mask=row_ok, other=0.0)
     mixed = tl.zeros((QUERIES * GROUP, DIM), tl.float32)
-    precision: tl.constexpr = "ieee" if q.dtype.element_ty == tl.float32 else "tf32"
 
     for first_key in range(low // KEYS * KEYS, high, KEYS):
         key = first_key + tl.arange(0, KEYS)
@@ -236,7 +239,7 @@ def _attend(
             mask=key_ok[:, None] & (d < HEAD_DIM)[None, :],
             other=0.0,
         )
-        score = tl.dot(q_tile, k_tile, input_precision=precision) * scale
+        score = tl.dot(q_tile, k_tile, input_precision="ieee") * scale
         if CAPPED:
             score = softcap * _tanh(score / softcap)
         distance = key[None, :] - position[:, None]
@@ -252,9 +255,7 @@ def _attend(
         weight = tl.exp2(score - finite[:, None])
         shrunk = tl.exp2(top - finite)
         total = total * shrunk + tl.sum(weight, 1)
-        mixed = tl.dot(
-            weight.to(v_tile.dtype), v_tile, mixed * shrunk[:, None], input_precision=precision
-        )
+        mixed = dot(weight.to(v_tile.dtype), v_tile, mixed * shrunk[:, None])
         top = new_top
 
     out_at = out + ((row * HEADS + head) * HEAD_DIM)[:, None] + d[None, :]
@@ -269,7 +270,7 @@ def _attend(
     tl.store(out_at, (mixed / total[:, None]).to(out.dtype.element_ty), mask=out_ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _combine(
     out: tl.tensor,
     parts: tl.tensor,

@@ -40,6 +40,7 @@ TARGETS = {
     "cuda:100": GPUTarget("cuda", 100, 32),
     "cuda:120": GPUTarget("cuda", 120, 32),
     "hip:gfx942": GPUTarget("hip", "gfx942", 64),
+    "hip:gfx950": GPUTarget("hip", "gfx950", 64),
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

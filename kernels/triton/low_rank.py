@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from manylora.kernels.triton.dot import dot, narrow
+
 
 @triton.jit
 def add_low_rank(
@@ -45,21 +47,10 @@ def add_low_rank(
         )
         if SHARED:
             finite = tl.abs(b_tile.to(tl.float32)) < float("inf")
-            total = _dot(h, tl.where(finite, b_tile, 0.0).to(b_tile.dtype), total)
+            finite_b = tl.where(finite, b_tile, 0.0).to(b_tile.dtype)
+            total = dot(narrow(h, b.dtype.element_ty), finite_b, total)
             broken = tl.min(finite.to(tl.int32), 0) == 0
             total += tl.where(row_ok[:, None] & broken[None, :], float("nan"), 0.0)
         else:
-            total = _dot(h, b_tile, total)
-    return total
-
-
-@triton.jit
-def _dot(h: tl.tensor, b: tl.tensor, total: tl.tensor) -> tl.tensor:
-    """h rounded once: to bfloat16, or for float16, whose range h may leave, to tf32."""
-    if b.dtype == tl.bfloat16:
-        total = tl.dot(h.to(tl.bfloat16), b, total)
-    elif b.dtype == tl.float16:
-        total = tl.dot(h, b.to(tl.float32), total, input_precision="tf32")
-    else:
-        total = tl.dot(h, b, total, input_precision="ieee")
+            total = dot(narrow(h, b.dtype.element_ty), b_tile, total)
     return total

@@ -20,6 +20,7 @@ import triton.language as tl
 from manylora.kernels.plan import Plan
 from manylora.kernels.table import EditTable, SliceGroup
 from manylora.kernels.triton import tiles
+from manylora.kernels.triton.dot import dot
 from manylora.kernels.triton.edits import UNIT, check_fit, load_vector
 from manylora.kernels.triton.low_rank import add_low_rank
 from manylora.kernels.triton.scale_inputs import scale_inputs
@@ -104,7 +105,7 @@ def linear_with_edits(
 _TOGETHER = tl.constexpr(8)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _product(
     y: tl.tensor,
     x: tl.tensor,
@@ -151,7 +152,6 @@ def _product(
     within = tl.arange(0, COLUMNS)
     column = first_column + within
     column_ok = column < size
-    precision: tl.constexpr = "ieee" if x.dtype.element_ty == tl.float32 else "tf32"
 
     result = tl.zeros((ROWS, COLUMNS), tl.float32)
     for first_k in range(0, in_size, K):
@@ -166,7 +166,7 @@ def _product(
             mask=column_ok[None, :] & (k < in_size)[:, None],
             other=0.0,
         )
-        result = tl.dot(x_tile, weight_tile, result, input_precision=precision)
+        result = dot(x_tile, weight_tile, result)
     if base_bias is not None:
         base = tl.load(base_bias + start + column, mask=column_ok, other=0.0)
         result += base.to(tl.float32)[None, :]

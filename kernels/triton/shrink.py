@@ -20,6 +20,7 @@ import triton.language as tl
 from manylora.kernels.plan import Plan
 from manylora.kernels.table import EditTable, SliceGroup
 from manylora.kernels.triton import tiles
+from manylora.kernels.triton.dot import dot
 from manylora.kernels.triton.slices import module_words
 
 
@@ -91,7 +92,6 @@ def _shrink(
     entry = slot * modules + tl.load(slice_modules + part)
     rank = tl.load(ranks + entry)
     a = pool + tl.multiple_of(tl.load(offsets + entry * 5), 16)
-    precision: tl.constexpr = "ieee" if x.dtype.element_ty == tl.float32 else "tf32"
 
     for first in range(begin, end, ROWS):
         lane = first + tl.arange(0, ROWS)
@@ -111,7 +111,7 @@ def _shrink(
                     mask=(r < rank)[None, :] & (k < in_size)[:, None],
                     other=0.0,
                 )
-                h = tl.dot(x_tile, a_tile, h, input_precision=precision)
+                h = dot(x_tile, a_tile, h)
             place = ((part * rows + row) * SPLITS + split) * max_rank
             tl.store(
                 planes + place[:, None] + r[None, :],

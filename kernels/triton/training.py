@@ -21,6 +21,7 @@ import triton.language as tl
 from manylora.kernels.plan import Plan
 from manylora.kernels.stack import RankStack, check_gradients, check_stacked
 from manylora.kernels.triton import tiles
+from manylora.kernels.triton.dot import dot, narrow
 
 
 def add_low_rank_(
@@ -175,7 +176,7 @@ def _project(
                 mask=(r < rank)[None, :] & (k < size)[:, None],
                 other=0.0,
             )
-            h = _dot(x_tile, factor_tile, h)
+            h = dot(x_tile, factor_tile, h)
         tl.store(
             hidden + place.to(tl.int64)[:, None] * max_rank + r[None, :],
             h * scale,
@@ -227,7 +228,7 @@ def _accumulate(
                 mask=(r < rank)[:, None] & (column < size)[None, :],
                 other=0.0,
             )
-            total = _dot(_narrow(h, y.dtype.element_ty), factor_tile, total)
+            total = dot(narrow(h, y.dtype.element_ty), factor_tile, total)
         at = y + row[:, None] * y_stride + column[None, :]
         ok = (place < end)[:, None] & (column < size)[None, :]
         before = tl.load(at, mask=ok, other=0.0).to(tl.float32)
@@ -275,7 +276,7 @@ def _gradient(
             mask=(place < end)[:, None] & (column < size)[None, :],
             other=0.0,
         )
-        total = _dot(_narrow(h, x.dtype.element_ty), x_tile, total)
+        total = dot(narrow(h, x.dtype.element_ty), x_tile, total)
     tl.store(
         gradient + (start + r).to(tl.int64)[:, None] * size + column[None, :],
         total.to(gradient.dtype.element_ty),
@@ -292,22 +293,3 @@ def _below(slots: tl.tensor, segments: tl.tensor, slot: tl.tensor, N: tl.constex
         lower = tl.load(slots + at, mask=at < segments, other=2147483647) < slot
         count += tl.sum(lower.to(tl.int32), 0)
     return count
-
-
-@triton.jit
-def _narrow(h: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
-    """Rounded once to bfloat16 beside bfloat16; float16's range h may leave."""
-    if dtype == tl.bfloat16:
-        h = h.to(tl.bfloat16)
-    return h
-
-
-@triton.jit
-def _dot(left: tl.tensor, right: tl.tensor, total: tl.tensor) -> tl.tensor:
-    """Of one 16-bit type as it is; of float32 exactly; of both by tf32, which holds 16 bits."""
-    if left.dtype != right.dtype:
-        left, right = left.to(tl.float32), right.to(tl.float32)
-        total = tl.dot(left, right, total, input_precision="tf32")
-    else:
-        total = tl.dot(left, right, total, input_precision="ieee")
-    return total

@@ -15,6 +15,8 @@ from rich.text import Text
 
 from manylora.errors import ManyloraError
 
+_UNPRINTABLE = ("Cc", "Cs")  # Unicode's categories of control characters and surrogates
+
 
 def print_error(error: ManyloraError) -> None:
     """One red line: the field, what is wrong, what was found, what was wanted."""
@@ -48,8 +50,9 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 
 def printable(text: str) -> str:
-    """Text from elsewhere, without the control characters that could steer a terminal."""
-    return "".join(c if c in "\n\t" or category(c) != "Cc" else "\ufffd" for c in text)
+    """Text from elsewhere, without control characters, which could steer a terminal, and without
+    halves of surrogate pairs, which have no UTF-8."""
+    return "".join(c if c in "\n\t" or category(c) not in _UNPRINTABLE else "\ufffd" for c in text)
 
 
 def human_bytes(count: int) -> str:

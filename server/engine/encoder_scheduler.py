@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from manylora.errors import InvalidArgument, ManyloraError
 from manylora.server.engine.residency import ResidencyManager
-from manylora.server.engine.scheduler import Chunk, take_failed
+from manylora.server.engine.scheduler import Chunk, take_failed, take_turns
 from manylora.server.engine.sequence import Gathered, Sequence
 
 
@@ -48,6 +48,7 @@ class EncoderScheduler:
     def schedule(self) -> tuple[list[Chunk], list[tuple[Sequence, ManyloraError]]]:
         """This step's sequences, in the order of their arrival but for those whose adapter is not
         there yet; and those that cannot run (already removed)."""
+        take_turns(self.waiting, self.running)
         self._residency.want([s.request.adapter for s in self.waiting if s.request.adapter])
         failed = take_failed(self.waiting, self._residency)
         chunks: list[Chunk] = []
@@ -76,8 +77,8 @@ class EncoderScheduler:
             self.waiting.remove(sequence)
             return
         self.running.remove(sequence)
-        if sequence.slot >= 0:
-            self._residency.release(sequence.digest)
+        if sequence.request.adapter is not None:
+            self._residency.release(sequence.request.adapter)
             sequence.slot = -1
 
     def advance(self, chunk: Chunk) -> None:
@@ -88,7 +89,7 @@ class EncoderScheduler:
         sequence.gathered = Gathered()
         sequence.admitted = time.monotonic()
         if sequence.request.adapter is not None:
-            sequence.slot = self._residency.acquire(sequence.digest)
+            sequence.slot = self._residency.acquire(sequence.request.adapter)
         self.running.append(sequence)
 
     def _too_long(self, sequence: Sequence) -> InvalidArgument | None:

@@ -9,8 +9,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import assert_never
@@ -18,15 +17,13 @@ from typing import assert_never
 import torch
 
 from manylora import kernels
-from manylora.adapters_store.edits import LoweredAdapter
-from manylora.adapters_store.format import open_checkpoint
 from manylora.adapters_store.head import Head
-from manylora.adapters_store.lowering.compose import Part, compose
 from manylora.errors import DeadlineExceeded, FailedPrecondition, ManyloraError, Unavailable
-from manylora.kernels import cpu
 from manylora.server.engine.blocks import BlockManager
+from manylora.server.engine.device import choose_device, choose_kernels
 from manylora.server.engine.encoder_runner import run_encoder_step
 from manylora.server.engine.encoder_scheduler import EncoderScheduler
+from manylora.server.engine.loader import AdapterLoader
 from manylora.server.engine.mailbox import (
     Cancel,
     EndEvent,
@@ -46,11 +43,11 @@ from manylora.server.engine.mailbox import (
     answer,
     refuse,
 )
+from manylora.server.engine.memory import reserve_cache, reserve_pool
 from manylora.server.engine.model import AdaptedModel, EncoderModel, load_base
-from manylora.server.engine.packing import PackedAdapter, pack
-from manylora.server.engine.pool import Pool
+from manylora.server.engine.placement import Placement
 from manylora.server.engine.pooling import check_task, describe, pool_rows, rows_wanted
-from manylora.server.engine.prefix import check_prefix, write_prefix
+from manylora.server.engine.prefix import write_prefix
 from manylora.server.engine.residency import ResidencyManager
 from manylora.server.engine.runner import run_step
 from manylora.server.engine.sampler import Sample, sample
@@ -65,6 +62,7 @@ from manylora.server.engine.types import (
     Residency,
     StepRecord,
 )
+from manylora.server.engine.warm_up import warm_up
 
 logger = logging.getLogger(__name__)
 
@@ -89,8 +87,8 @@ class Engine:
         deliver: Callable[[list[Event]], None],
         observer: Observer,
     ) -> None:
-        self.device = torch.device(_device(settings.device))
-        self.kernels = _kernels(self.device, settings.kernels)
+        self.device = choose_device(settings.device)
+        self.kernels = choose_kernels(self.device, settings.kernels)
         self.model: AdaptedModel | EncoderModel = load_base(
             settings.model,
             settings.dtype,
@@ -99,38 +97,37 @@ class Engine:
             quantization=settings.quantization,
         )
         self._settings = settings
-        self._fetch = fetch
         self._deliver = deliver
         self._observer = observer
         self._mailbox = Mailbox()
         self._unhandled: deque[Message] = deque()
         self._events: list[Event] = []
         self._sequences: dict[str, Sequence] = {}
-        self._module_ids = {name: i for i, name in enumerate(self.model.modules)}
 
-        table = kernels.EditTable(settings.max_adapters, len(self._module_ids), self.device)
-        with _reserving("adapter_bytes", settings.adapter_bytes):
-            self._pool = Pool(settings.adapter_bytes, self.model.dtype, self.device)
+        self.max_context = min(
+            settings.max_context or self.model.max_context, self.model.max_context
+        )
+        blocks = 0
+        if isinstance(self.model, AdaptedModel):
+            size, block_size = settings.kv_cache_bytes, settings.block_size
+            blocks = reserve_cache(self.model, size, block_size, self.device)
+            self.max_context = min(self.max_context, blocks * block_size)
+        self._loader = AdapterLoader(self.model, self.kernels, fetch, self.max_context)
+        table = kernels.EditTable(settings.max_adapters, len(self.model.modules), self.device)
+        self._pool = reserve_pool(settings.adapter_bytes, self.model.dtype, self.device)
+        self._placement = Placement(self._pool, table, self.model.step.overrides)
         self._residency = ResidencyManager(
-            self._pool,
-            table,
-            self.model.step.overrides,
-            self._load_packed,
+            self._placement,
+            self._loader.load,
             self._mailbox.put,
             self._notify,
             threads=settings.loader_threads,
         )
-        self.max_context = min(
-            settings.max_context or self.model.max_context, self.model.max_context
-        )
-        if isinstance(self.model, AdaptedModel):
-            blocks = self._allocate_cache(self.model)
-            self.max_context = min(self.max_context, blocks * settings.block_size)
-        else:
-            blocks = 0
         self._blocks = BlockManager(blocks, settings.block_size, prefix_cache=settings.prefix_cache)
         self._scheduler = self._make_scheduler()
         self.model.bind(self._pool.tensor, table)
+        if self.kernels.NAME == "triton" and isinstance(self.model, AdaptedModel):
+            warm_up(self.model, settings.block_size)
         self.stats = self._snapshot()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -142,23 +139,22 @@ class Engine:
         if not self._mailbox.put(message):
             raise Unavailable("the server is stopping")
 
+    def check_fit(self, path: Path) -> None:
+        """Any thread. Raises InvalidArgument or FailedPrecondition if an adapter's checkpoint is
+        broken, not served, or does not fit the base or the adapter memory."""
+        self._placement.check_fits(self._loader.lower_and_pack(path))
+
     def stop(self) -> None:
         """Ends the thread; requests still alive get Unavailable."""
         self._mailbox.put(Stop())
         self._thread.join()
 
-    def lower_and_pack(self, path: Path) -> PackedAdapter:
-        """Reads an adapter's checkpoint and makes it ready for the pool; any thread.
-
-        Raises InvalidArgument or FailedPrecondition if it is broken, not served or does not fit
-        the base.
-        """
-        return self._pack(self.model.lower(open_checkpoint(path)))
-
     # -- the thread ----------------------------------------------------------------------------
 
     def _run(self) -> None:
         try:
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)  # each thread has its own
             self._serve()
         except Exception:
             logger.exception("the engine has failed and serves no more")
@@ -190,8 +186,8 @@ class Engine:
                     self._finish(alive, outcome)
             case Load(key, pin, done):
                 self._residency.load(key, pin, done)
-            case Unload(digest, done, when_idle):
-                self._residency.unload(digest, done, when_idle=when_idle)
+            case Unload(key, done, when_idle):
+                self._residency.unload(key, done, when_idle=when_idle)
             case Inspect(done):
                 self._flush()  # events older than the answer go before it
                 answer(done, self._residency.snapshot())
@@ -217,6 +213,8 @@ class Engine:
                 sampled = [chunk for chunk in chunks if chunk.samples]
                 samples = sample(logits, [chunk.sequence for chunk in sampled])
                 pooled = pool_rows(self.model, chunks, self._head)
+        except torch.AcceleratorError:
+            raise  # nothing can be done on that device any more
         except Exception:
             logger.exception("a step failed; its requests are ended")
             for chunk in chunks:
@@ -354,18 +352,6 @@ class Engine:
             sequence.askable = rows_wanted(sequence, self.model)[0].start + 1
         return error
 
-    def _load_packed(self, key: AdapterKey) -> PackedAdapter:
-        """On loader threads."""
-        if not key.parts:
-            return self.lower_and_pack(self._fetch(key.digest))
-        lowered = [self.model.lower(open_checkpoint(self._fetch(p.digest))) for p in key.parts]
-        named = zip(key.parts, lowered, strict=True)
-        return self._pack(compose([Part(p.label, p.weight, own) for p, own in named]))
-
-    def _pack(self, lowered: LoweredAdapter) -> PackedAdapter:
-        check_prefix(lowered, self.model, self.max_context)
-        return pack(lowered, self._module_ids, self.kernels, self.model.dtype)
-
     def _make_scheduler(self) -> Scheduler | EncoderScheduler:
         settings = self._settings
         if isinstance(self.model, EncoderModel):
@@ -386,26 +372,6 @@ class Engine:
             check=self._check_task,
         )
 
-    def _allocate_cache(self, model: AdaptedModel) -> int:
-        """Makes the KV cache [blocks, kv_heads, block_size, head_dim] of each layer; returns the
-        number of blocks."""
-        size, dtype = self._settings.block_size, model.dtype
-        layout = model.kv_layout
-        block_bytes = sum(2 * heads * size * dim * dtype.itemsize for heads, dim in layout)
-        total = self._settings.kv_cache_bytes // block_bytes
-        if total < 1:
-            raise FailedPrecondition(
-                "the KV cache does not hold one block",
-                field="kv_cache_bytes",
-                found=self._settings.kv_cache_bytes,
-                wanted=f"at least {block_bytes}",
-            )
-        shapes = [(total, heads, size, dim) for heads, dim in layout for _ in "kv"]
-        with _reserving("kv_cache_bytes", self._settings.kv_cache_bytes):
-            tensors = kernels.side_by_side(shapes, dtype, self.device)
-        model.attach_cache(list(zip(tensors[::2], tensors[1::2], strict=True)))
-        return total
-
     def _snapshot(self) -> EngineStats:
         itemsize = self._pool.tensor.element_size()
         return EngineStats(
@@ -416,35 +382,5 @@ class Engine:
             pool_bytes=self._pool.size * itemsize,
             pool_bytes_used=self._pool.used * itemsize,
             slots_total=self._settings.max_adapters,
-            slots_used=self._residency.slots_used,
+            slots_used=self._placement.slots_used,
         )
-
-
-@contextmanager
-def _reserving(field: str, size: int) -> Iterator[None]:
-    """Raises FailedPrecondition where the system does not have so much memory to give."""
-    try:
-        yield
-    except (OSError, OverflowError, ValueError, RuntimeError) as error:
-        raise FailedPrecondition(
-            f"the memory cannot be reserved: {error}", field=field, found=f"{size} bytes"
-        ) from error
-
-
-def _device(name: str) -> str:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise FailedPrecondition("torch sees no GPU", field="device", found=name)
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _kernels(device: torch.device, name: str) -> kernels.Backend:
-    if name == cpu.NAME and device.type != "cpu":
-        raise FailedPrecondition(
-            "these kernels read a CPU's memory only", field="kernels", found=name, wanted="auto"
-        )
-    try:
-        return kernels.select(device, None if name == "auto" else name)
-    except ValueError as error:
-        raise FailedPrecondition(str(error), field="kernels", found=name) from error

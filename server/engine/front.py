@@ -44,6 +44,7 @@ from manylora.server.engine.types import (
 )
 
 RETRY_SECONDS = 1.0  # advice to a caller who finds the queue full
+MAX_EVENTS = 64  # that become one delta, of a reader who has fallen behind
 MAX_UNREAD = 10_000  # events kept for a watcher who does not read
 
 
@@ -120,7 +121,7 @@ class AsyncEngine:
             tokens = 0
             while True:
                 events = [await queue.get()]
-                while not queue.empty():
+                while not queue.empty() and len(events) < MAX_EVENTS:
                     events.append(queue.get_nowait())
                 delta = Delta(text="", token_ids=[])
                 for event in events:
@@ -233,13 +234,13 @@ class AsyncEngine:
         self._engine.put(Load(key, pin, done))
         return await asyncio.wrap_future(done)
 
-    async def unload_adapter(self, digest: str, *, when_idle: bool = False) -> None:
+    async def unload_adapter(self, key: AdapterKey, *, when_idle: bool = False) -> None:
         """when_idle: one in use, or on its way, goes as soon as no request wants it.
 
         Raises NotFound if it is not resident, FailedPrecondition if it is in use.
         """
         done: Future[None] = Future()
-        self._engine.put(Unload(digest, done, when_idle))
+        self._engine.put(Unload(key, done, when_idle))
         await asyncio.wrap_future(done)
 
     async def residency(self) -> list[Residency]:
@@ -276,7 +277,7 @@ class AsyncEngine:
     async def check_fit(self, path: Path) -> None:
         """Raises FailedPrecondition or InvalidArgument if the checkpoint in `path` cannot be
         served on this base, naming the tensor, its shape and the shape wanted."""
-        await asyncio.to_thread(self._engine.lower_and_pack, path)
+        await asyncio.to_thread(self._engine.check_fit, path)
 
     # -- from the engine's thread --------------------------------------------------------------
 

@@ -45,7 +45,7 @@ class Load:
 
 @dataclass(slots=True, frozen=True)
 class Unload:
-    digest: str
+    key: AdapterKey
     done: Future[None]
     when_idle: bool = False
 
@@ -59,7 +59,7 @@ class Inspect:
 class Loaded:
     """A loader thread's result: the packed adapter, or why not."""
 
-    digest: str
+    key: AdapterKey
     result: PackedAdapter | ManyloraError
     seconds: float
 

@@ -1,4 +1,4 @@
-"""Which adapters are on the device: loading, slots, eviction.
+"""Which adapters are on the device: loading and eviction.
 
 Owned by the engine's thread. Only `_load` runs elsewhere, on loader threads: fetch, check,
 lower, pack. What they made is copied into the pool between two steps.
@@ -6,14 +6,13 @@ lower, pack. What they made is copied into the pool between two steps.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
-
-import torch
 
 from manylora.adapters_store.head import Head
 from manylora.errors import (
@@ -23,13 +22,13 @@ from manylora.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from manylora.kernels import EditTable
 from manylora.server.engine.mailbox import Loaded, answer, refuse
-from manylora.server.engine.model.overrides import Overrides
 from manylora.server.engine.packing import PackedAdapter
-from manylora.server.engine.pool import Arena, Pool
+from manylora.server.engine.placement import Placed, Placement
 from manylora.server.engine.prefix import Prefix
 from manylora.server.engine.types import AdapterKey, Residency, ResidencyState
+
+logger = logging.getLogger(__name__)
 
 MAX_STAGED = 4  # on the host or on their way there at once, and as many explicit loads
 
@@ -55,9 +54,8 @@ _UNDER_WAY = (_Stage.LOADING, _Stage.STAGED)
 class _Entry:
     key: AdapterKey
     stage: _Stage = _Stage.QUEUED
-    packed: PackedAdapter | None = None  # while staged: with its buffer; later without
-    arena: Arena | None = None
-    slot: int = -1
+    packed: PackedAdapter | None = None  # while staged
+    placed: Placed | None = None  # while resident
     users: int = 0
     pinned: bool = False
     leaving: bool = False  # goes as soon as nobody wants it
@@ -72,8 +70,7 @@ class ResidencyManager:
     """Loads adapters on demand, evicts the least recently used, never one in use or pinned.
 
     Args:
-        pool, table: the device's; the table has a row for each slot.
-        overrides: written beside the table.
+        placement: the device's.
         load: makes the packed adapter; runs on a loader thread, raises ManyloraError.
         post: hands a `Loaded` to the engine's thread.
         notify: told of every change, on the engine's thread.
@@ -81,26 +78,20 @@ class ResidencyManager:
 
     def __init__(
         self,
-        pool: Pool,
-        table: EditTable,
-        overrides: Overrides,
+        placement: Placement,
         load: Callable[[AdapterKey], PackedAdapter],
         post: Callable[[Loaded], object],
         notify: Callable[[Residency], None],
         *,
         threads: int,
     ) -> None:
-        self._pool = pool
-        self._table = table
-        self._overrides = overrides
+        self._placement = placement
         self._load_packed = load
         self._post = post
         self._notify = notify
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="adapter-loader")
-        self._entries: dict[str, _Entry] = {}
-        self._free_slots = list(range(table.slots - 1, -1, -1))
-        self._order: dict[str, int] = {}  # digest → how early in the queue it is wanted
-        self._keys: dict[str, AdapterKey] = {}
+        self._entries: dict[AdapterKey, _Entry] = {}
+        self._order: dict[AdapterKey, int] = {}  # how early in the queue each is wanted
         self._clock = 0
 
     # -- for the scheduler ---------------------------------------------------------------------
@@ -108,31 +99,28 @@ class ResidencyManager:
     def want(self, keys: Iterable[AdapterKey]) -> None:
         """The waiting requests' adapters, the most urgent first: places what has arrived,
         starts loads, forgets what nobody wants."""
-        self._keys = {}
-        for key in keys:
-            self._keys.setdefault(key.digest, key)
-        self._order = {digest: i for i, digest in enumerate(self._keys)}
-        for digest, entry in list(self._entries.items()):
+        self._order = {key: i for i, key in enumerate(dict.fromkeys(keys))}
+        for key, entry in list(self._entries.items()):
             entry.waiters = [waiter for waiter in entry.waiters if not waiter.cancelled()]
             if entry.waiters:
                 continue
             if entry.stage is _Stage.QUEUED:
-                del self._entries[digest]  # requests that want it ask for it in their order
+                del self._entries[key]  # requests that want it ask for it in their order
             elif entry.leaving and entry.stage is _Stage.RESIDENT:
-                if not entry.users and digest not in self._order:
+                if not entry.users and key not in self._order:
                     self._evict(entry)
-            elif entry.stage is _Stage.STAGED and digest not in self._order:
-                del self._entries[digest]
-                self._notify(Residency(entry.key, ResidencyState.EVICTED))
+            elif entry.stage is _Stage.STAGED and key not in self._order:
+                del self._entries[key]
+                self._notify(Residency(key, ResidencyState.EVICTED))
         self._place_staged()
         self._start_loads()
 
-    def take_failures(self) -> dict[str, ManyloraError]:
-        """The loads that have failed since the last call, by digest. They are forgotten: the
-        next request for one of these adapters has it loaded again."""
-        failed = {e.key.digest: e.error for e in self._entries.values() if e.error is not None}
-        for digest in failed:
-            del self._entries[digest]
+    def take_failures(self) -> dict[AdapterKey, ManyloraError]:
+        """The loads that have failed since the last call. They are forgotten: the next request
+        for one of these adapters has it loaded again."""
+        failed = {e.key: e.error for e in self._entries.values() if e.error is not None}
+        for key in failed:
+            del self._entries[key]
         return failed
 
     def ready(self, key: AdapterKey | None) -> bool:
@@ -149,37 +137,25 @@ class ResidencyManager:
 
     def prefix(self, key: AdapterKey | None) -> Prefix | None:
         """What a resident adapter puts before its prompts."""
-        if key is None:
-            return None
-        entry = self._entries[key.digest]
-        assert entry.packed is not None and entry.arena is not None
-        packed = entry.packed.prefix
-        return None if packed is None else Prefix(packed, entry.arena)
+        return None if key is None else self._placed(key).prefix
 
     def invocation(self, key: AdapterKey | None) -> tuple[int, ...]:
         """The tokens from which on a resident adapter acts; none: it always does."""
-        if key is None:
-            return ()
-        packed = self._entries[key.digest].packed
-        assert packed is not None
-        return packed.invocation
+        return () if key is None else self._placed(key).packed.invocation
 
     def head(self, key: AdapterKey) -> Head | None:
         """A resident adapter's head, as it lies in the pool now."""
-        entry = self._entries[key.digest]
-        assert entry.packed is not None and entry.arena is not None
-        packed = entry.packed.head
-        return None if packed is None else packed.view(self._pool.tensor, entry.arena.start)
+        return self._placement.head_of(self._placed(key))
 
-    def acquire(self, digest: str) -> int:
+    def acquire(self, key: AdapterKey) -> int:
         """The resident adapter's slot, in use until `release`."""
-        entry = self._entries[digest]
+        entry = self._entries[key]
         entry.users += 1
         self._touch(entry)
-        return entry.slot
+        return self._placed(key).slot
 
-    def release(self, digest: str) -> None:
-        entry = self._entries[digest]
+    def release(self, key: AdapterKey) -> None:
+        entry = self._entries[key]
         entry.users -= 1
         self._touch(entry)
 
@@ -187,7 +163,7 @@ class ResidencyManager:
 
     def load(self, key: AdapterKey, pin: bool, done: Future[Residency]) -> None:
         """Makes an adapter resident, and pins it (or takes its pin away) as told."""
-        entry = self._entries.get(key.digest)
+        entry = self._entries.get(key)
         if entry is None or entry.stage is _Stage.FAILED:
             entry = self._enter(key)
         entry.pinned, entry.leaving = pin, False
@@ -199,20 +175,20 @@ class ResidencyManager:
             entry.waiters.append(done)
             self._start_explicit_loads()
 
-    def unload(self, digest: str, done: Future[None], *, when_idle: bool = False) -> None:
+    def unload(self, key: AdapterKey, done: Future[None], *, when_idle: bool = False) -> None:
         """Evicts an adapter that is resident and not in use, and with it the compositions that it
         is part of; one on its way comes without a pin. when_idle: others go when they may."""
         if when_idle:
             for entry in self._entries.values():
-                entry.leaving |= entry.key.uses(digest)
-        if (own := self._entries.get(digest)) and own.stage is not _Stage.RESIDENT:
+                entry.leaving |= entry.key.uses(key)
+        if (own := self._entries.get(key)) and own.stage is not _Stage.RESIDENT:
             own.pinned = False
-        entries = [e for e in self._entries.values() if e.key.uses(digest)]
+        entries = [e for e in self._entries.values() if e.key.uses(key)]
         resident = [entry for entry in entries if entry.stage is _Stage.RESIDENT]
         users = sum(entry.users for entry in resident)
         if not resident:
-            refuse(done, NotFound("adapter is not resident", field="name", found=digest))
-        elif users and when_idle:
+            refuse(done, NotFound("adapter is not resident", field="name", found=key.label))
+        elif when_idle and (users or not self._order.keys().isdisjoint(e.key for e in resident)):
             for entry in resident:
                 entry.pinned = False
             answer(done, None)
@@ -226,22 +202,16 @@ class ResidencyManager:
 
     def loaded(self, message: Loaded) -> None:
         """A loader thread has finished; `want` places what it made, if anybody wants it still."""
-        entry = self._entries[message.digest]
+        entry = self._entries[message.key]
         entry.load_seconds = message.seconds
         if isinstance(message.result, ManyloraError):
             self._fail(entry, message.result)
-        elif error := self._never_fits(message.result):
-            self._fail(entry, error)
         else:
             entry.packed = message.result
             entry.stage = _Stage.STAGED
 
     def snapshot(self) -> list[Residency]:
         return [self._describe(entry) for entry in self._entries.values()]
-
-    @property
-    def slots_used(self) -> int:
-        return self._table.slots - len(self._free_slots)
 
     def close(self) -> None:
         """At the end: no more loads; what those under way make is dropped, and callers still
@@ -260,10 +230,10 @@ class ResidencyManager:
         under_way = [e for e in self._entries.values() if e.stage in _UNDER_WAY]
         room = 2 * MAX_STAGED - len(under_way)
         room = min(room, MAX_STAGED - sum(not entry.waiters for entry in under_way))
-        for digest, key in self._keys.items():
+        for key in self._order:
             if room <= 0:
                 return
-            if digest not in self._entries:
+            if key not in self._entries:
                 self._start(self._enter(key))
                 room -= 1
 
@@ -281,7 +251,7 @@ class ResidencyManager:
         self._executor.submit(self._load, entry.key)
 
     def _enter(self, key: AdapterKey) -> _Entry:
-        entry = self._entries[key.digest] = _Entry(key)
+        entry = self._entries[key] = _Entry(key)
         return entry
 
     def _load(self, key: AdapterKey) -> None:
@@ -290,11 +260,13 @@ class ResidencyManager:
         result: PackedAdapter | ManyloraError
         try:
             result = self._load_packed(key)
+            self._placement.check_fits(result)
         except ManyloraError as error:
             result = error
         except Exception as error:
+            logger.exception("loading %s failed", key.label)
             result = ManyloraError(f"loading failed: {type(error).__name__}", found=error)
-        self._post(Loaded(key.digest, result, time.monotonic() - start))
+        self._post(Loaded(key, result, time.monotonic() - start))
 
     def _fail(self, entry: _Entry, error: ManyloraError) -> None:
         entry.stage, entry.error = _Stage.FAILED, error
@@ -302,17 +274,6 @@ class ResidencyManager:
             refuse(waiter, error)
         entry.waiters.clear()
         self._notify(self._describe(entry))
-
-    def _never_fits(self, packed: PackedAdapter) -> ManyloraError | None:
-        room = self._pool.size * self._pool.tensor.element_size()
-        if packed.bytes <= room:
-            return None
-        return FailedPrecondition(
-            "adapter is larger than the adapter memory",
-            field="adapter",
-            found=f"{packed.bytes} bytes",
-            wanted=f"at most {room} bytes",
-        )
 
     # -- placing -------------------------------------------------------------------------------
 
@@ -336,17 +297,8 @@ class ResidencyManager:
                 return
 
     def _place(self, entry: _Entry, packed: PackedAdapter) -> None:
-        size = packed.buffer.numel()
-        arena = self._pool.allocate(size)
-        if arena is None:
-            self._compact()
-            arena = self._pool.allocate(size)
-            assert arena is not None
-        self._pool.tensor[arena.start : arena.start + size].copy_(packed.buffer)
-        packed.buffer = torch.empty(0, dtype=packed.buffer.dtype)
-        entry.arena, entry.slot = arena, self._free_slots.pop()
+        entry.placed, entry.packed = self._placement.place(packed), None
         entry.stage = _Stage.RESIDENT
-        self._write_row(entry)
         self._touch(entry)
         described = self._describe(entry)
         for waiter in entry.waiters:
@@ -354,24 +306,11 @@ class ResidencyManager:
         entry.waiters.clear()
         self._notify(described)
 
-    def _write_row(self, entry: _Entry) -> None:
-        assert entry.packed is not None and entry.arena is not None
-        packed = entry.packed
-        self._table.write(
-            entry.slot, packed.rank, packed.scale, packed.offsets_at(entry.arena.start)
-        )
-        self._overrides.write(entry.slot, packed.overrides, self._pool.tensor, entry.arena.start)
-
-    def _compact(self) -> None:
-        self._pool.compact()
-        for entry in self._entries.values():
-            if entry.stage is _Stage.RESIDENT:
-                self._write_row(entry)
-
     def _make_space(self, size: int, urgency: tuple[int, int]) -> bool:
         """Evicts, the longest unused first, until a slot and `size` elements are free; evicts
         nothing if even all that may go is not enough, and nothing wanted more urgently."""
-        free, slots = self._pool.size - self._pool.used, len(self._free_slots)
+        free = self._placement.free_size
+        slots = self._placement.slots - self._placement.slots_used
         idle = [
             e
             for e in self._entries.values()
@@ -386,27 +325,25 @@ class ResidencyManager:
             if len(victims) == len(idle):
                 return False
             victim = idle[len(victims)]
-            assert victim.arena is not None
+            assert victim.placed is not None
             victims.append(victim)
-            free += victim.arena.size
+            free += victim.placed.arena.size
             slots += 1
         for victim in victims:
             self._evict(victim)
         return True
 
     def _fully_pinned(self, packed: PackedAdapter) -> bool:
-        pinned = [e.arena.size for e in self._entries.values() if e.pinned and e.arena is not None]
-        too_full = sum(pinned) + packed.buffer.numel() > self._pool.size
-        return too_full or len(pinned) == self._table.slots
+        pinned = [e.placed.arena.size for e in self._entries.values() if e.pinned and e.placed]
+        too_full = sum(pinned) + packed.buffer.numel() > self._placement.size
+        return too_full or len(pinned) == self._placement.slots
 
     def _evict(self, entry: _Entry) -> None:
-        assert entry.arena is not None
-        self._pool.free(entry.arena)
-        self._table.clear(entry.slot)
-        self._overrides.clear(entry.slot)
-        self._free_slots.append(entry.slot)
-        del self._entries[entry.key.digest]
-        self._notify(Residency(entry.key, ResidencyState.EVICTED, bytes=self._bytes(entry)))
+        assert entry.placed is not None
+        self._placement.remove(entry.placed)
+        del self._entries[entry.key]
+        size = self._placement.bytes_of(entry.placed)
+        self._notify(Residency(entry.key, ResidencyState.EVICTED, bytes=size))
 
     # -- small things --------------------------------------------------------------------------
 
@@ -414,19 +351,20 @@ class ResidencyManager:
         """Smaller is more urgent: explicit loads, then by place in the queue, then unwanted."""
         if entry.waiters:
             return (-1, 0)
-        return (self._order.get(entry.key.digest, len(self._order)), entry.last_used)
+        return (self._order.get(entry.key, len(self._order)), entry.last_used)
+
+    def _placed(self, key: AdapterKey) -> Placed:
+        placed = self._entries[key].placed
+        assert placed is not None
+        return placed
 
     def _stage(self, key: AdapterKey) -> _Stage | None:
-        entry = self._entries.get(key.digest)
+        entry = self._entries.get(key)
         return None if entry is None else entry.stage
 
     def _touch(self, entry: _Entry) -> None:
         self._clock += 1
         entry.last_used = self._clock
-
-    def _bytes(self, entry: _Entry) -> int:
-        size = entry.arena.size if entry.arena is not None else 0
-        return size * self._pool.tensor.element_size()
 
     def _describe(self, entry: _Entry) -> Residency:
         state = {
@@ -439,7 +377,7 @@ class ResidencyManager:
         return Residency(
             key=entry.key,
             state=state,
-            bytes=self._bytes(entry),
+            bytes=self._placement.bytes_of(entry.placed),
             pinned=entry.pinned,
             in_use=entry.users,
             load_seconds=entry.load_seconds,

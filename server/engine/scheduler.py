@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from manylora.errors import InvalidArgument, ManyloraError
@@ -83,7 +83,7 @@ class Scheduler:
         for sequence in decoding + prefilling:
             if sequence.blocks is None or budget == 0:
                 continue  # preempted by an older one just now, or its turn is the next step
-            count = min(len(sequence.tokens) - sequence.computed, budget)
+            count = _next_rows(sequence, budget)
             if self._make_room(sequence, sequence.computed + count):
                 chunks.append(Chunk(sequence, sequence.computed, count))
                 budget -= count
@@ -129,16 +129,17 @@ class Scheduler:
         self._blocks.release(sequence.blocks)
         sequence.blocks = None
         sequence.computed = 0
-        if sequence.slot >= 0:
-            self._residency.release(sequence.digest)
+        if sequence.request.adapter is not None:
+            self._residency.release(sequence.request.adapter)
             sequence.slot = -1
 
     def _admit(self, chunks: list[Chunk], budget: int) -> list[tuple[Sequence, ManyloraError]]:
-        """Admits waiting sequences in order. One whose adapter is not there yet is passed over;
-        if it is only room that the adapter lacks, then no more than MAX_OVERTAKES times by others
-        with adapters, because they may keep that room taken for ever. So is an explicit load, but
-        by whoever comes for the first time."""
+        """Admits waiting sequences in order, tenants in turns. One whose adapter is not there yet
+        is passed over; if it is only room that the adapter lacks, then no more than MAX_OVERTAKES
+        times by others with adapters, because they may keep that room taken for ever. So is an
+        explicit load, but by whoever comes for the first time."""
         passed: list[Sequence] = []
+        take_turns(self.waiting, self.running)
         self._residency.want([s.request.adapter for s in self.waiting if s.request.adapter])
         failed = take_failed(self.waiting, self._residency)
         kept_out: list[Overtaken] = self._residency.loads_without_room()
@@ -161,7 +162,7 @@ class Scheduler:
             self.waiting.popleft()
             for older in rivals:
                 older.overtaken += 1
-            count = min(len(sequence.tokens) - sequence.computed, budget)
+            count = _next_rows(sequence, budget)
             assert sequence.blocks is not None
             self._blocks.grow(sequence.blocks, sequence.computed + count)
             chunks.append(Chunk(sequence, sequence.computed, count))
@@ -205,7 +206,7 @@ class Scheduler:
             sequence.admitted = time.monotonic()
             sequence.cached_tokens = max(0, cached - sequence.prefix_tokens)
         if sequence.request.adapter is not None:
-            sequence.slot = self._residency.acquire(sequence.digest)
+            sequence.slot = self._residency.acquire(sequence.request.adapter)
         self.running.append(sequence)
         return True
 
@@ -222,12 +223,37 @@ class Scheduler:
         return prefix.tokens
 
 
+def _next_rows(sequence: Sequence, budget: int) -> int:
+    """How many of its tokens come next. Those before an aLoRA adapter acts come by themselves: what
+    the adapter makes of the others cannot break keys and values that the base's requests share."""
+    rows = len(sequence.tokens) - sequence.computed
+    before = sequence.acts_from - sequence.computed
+    return min(budget, rows if before <= 0 else min(rows, before))
+
+
+def take_turns(waiting: deque[Sequence], running: Iterable[Sequence]) -> None:
+    """Orders the queue so that tenants take turns, first who has the fewest running; else the order
+    stays, and preempted sequences come first."""
+    if len({sequence.tenant for sequence in waiting}) < 2:
+        return
+    taken = Counter(sequence.tenant for sequence in running)
+    turns: list[tuple[int, Sequence]] = []
+    for sequence in waiting:
+        turns.append((-1 if sequence.admitted else taken[sequence.tenant], sequence))
+        taken[sequence.tenant] += 1
+    turns.sort(key=lambda turn: turn[0])
+    waiting.clear()
+    waiting.extend(sequence for _, sequence in turns)
+
+
 def take_failed(
     waiting: deque[Sequence], residency: ResidencyManager
 ) -> list[tuple[Sequence, ManyloraError]]:
     """Takes out the waiting sequences whose adapter could not be loaded."""
     errors = residency.take_failures()
-    failed = [(s, errors[s.digest]) for s in waiting if s.digest in errors]
+    if not errors:
+        return []
+    failed = [(s, errors[key]) for s in waiting if (key := s.request.adapter) in errors]
     for sequence, _ in failed:
         waiting.remove(sequence)
     return failed

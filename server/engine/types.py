@@ -51,18 +51,20 @@ class WeightedPart:
 
 @dataclass(slots=True, frozen=True)
 class AdapterKey:
-    """Which adapter version a request runs on: engine and caches go by the digest alone.
+    """Which adapter version a request runs on. The label alone tells versions apart: each is
+    resident by itself, though another tenant's has the same bytes. The prefix cache goes by the
+    digest.
 
     parts: of a composition, which is an adapter of its own; see `composition_key`.
     """
 
-    digest: str
-    label: str  # "tenant/adapter@version", for people and metrics
-    parts: tuple[WeightedPart, ...] = ()
+    digest: str = field(compare=False)
+    label: str  # "tenant/adapter@version"
+    parts: tuple[WeightedPart, ...] = field(default=(), compare=False)
 
-    def uses(self, digest: str) -> bool:
-        """Whether it is the adapter version of this digest, or has it as a part."""
-        return self.digest == digest or any(part.digest == digest for part in self.parts)
+    def uses(self, version: AdapterKey) -> bool:
+        """Whether it is this version, or has it as a part."""
+        return self == version or any(part.label == version.label for part in self.parts)
 
 
 class PooledTask(Enum):

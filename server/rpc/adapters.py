@@ -17,20 +17,24 @@ from manylora.adapters_store.names import check_alias, check_name
 from manylora.adapters_store.store import Page, Store
 from manylora.adapters_store.upload import Upload
 from manylora.errors import (
+    DeadlineExceeded,
     InvalidArgument,
-    ManyloraError,
     NotFound,
+    ResourceExhausted,
     Unavailable,
 )
-from manylora.server.engine.front import AsyncEngine
+from manylora.server.engine.front import RETRY_SECONDS, AsyncEngine
 from manylora.server.engine.types import AdapterKey, Residency, ResidencyState
 from manylora.server.rpc.gate import Context
 from manylora.server.rpc.names import format_name, parse_any_parent, parse_name, parse_parent
-from manylora.server.rpc.threads import in_thread
+from manylora.server.rpc.threads import Threads
 from manylora.v1 import adapters_pb2 as pb
 from manylora.v1 import adapters_pb2_grpc as pb_grpc
 
+STORE_THREADS = 8
 COMMITS_AT_ONCE = 2  # each holds a thread that waits for another one: see _check
+MAX_UPLOADS = 64
+MOST_SILENCE = 60  # seconds between two messages of an upload
 DEFAULT_PAGE = 100
 MOST_PAGE = 1000
 
@@ -50,26 +54,43 @@ class AdapterService(pb_grpc.AdapterServiceServicer):
         self._engine = engine
         self._store = store
         self._import_roots = tuple(import_roots)
+        self._threads = Threads(STORE_THREADS, "store")
         self._commits = asyncio.Semaphore(COMMITS_AT_ONCE)
+        self._uploads = 0
 
     async def PublishAdapter(
         self, requests: AsyncIterator[pb.PublishAdapterRequest], context: Context
     ) -> pb.AdapterVersion:
+        if self._uploads >= MAX_UPLOADS:
+            raise ResourceExhausted(
+                "as many uploads at once as there may be",
+                field="uploads",
+                found=self._uploads,
+                retry_after=RETRY_SECONDS,
+            )
+        self._uploads += 1
+        try:
+            version = await self._upload(_lively(requests))
+        finally:
+            self._uploads -= 1
+        return _version(version, await self._residencies())
+
+    async def _upload(self, requests: AsyncIterator[pb.PublishAdapterRequest]) -> AdapterVersion:
         header = await _read_header(requests)
         name = _new_name(header.parent, header.adapter_id, header.aliases, "header.")
         upload = self._store.begin_upload()  # not on a thread: a cancel must not lose it
         try:
             async for message in requests:
                 chunk = _chunk(message)
-                await in_thread(partial(upload.write, chunk.path, chunk.data))
-            version = await self._commit(upload, name, header.aliases)
+                await self._threads.run(partial(upload.write, chunk.path, chunk.data))
+            return await self._commit(upload, name, header.aliases)
         finally:
-            await in_thread(upload.abort)
-        return _version(version, await self._residencies())
+            await self._threads.run(upload.abort)
 
     async def _commit(self, upload: Upload, name: str, aliases: Sequence[str]) -> AdapterVersion:
         async with self._commits:
-            return await in_thread(partial(upload.commit, name, tuple(aliases), self._check()))
+            commit = partial(upload.commit, name, tuple(aliases), self._check())
+            return await self._threads.run(commit)
 
     async def ImportAdapter(
         self, request: pb.ImportAdapterRequest, context: Context
@@ -86,7 +107,7 @@ class AdapterService(pb_grpc.AdapterServiceServicer):
             self._check(),
         )
         async with self._commits:
-            version = await in_thread(publish)
+            version = await self._threads.run(publish)
         return _version(version, await self._residencies())
 
     def _check(self) -> Callable[[Path], None]:
@@ -112,10 +133,10 @@ class AdapterService(pb_grpc.AdapterServiceServicer):
         self, request: pb.ListAdaptersRequest, context: Context
     ) -> pb.ListAdaptersResponse:
         if request.parent.count("/") > 1:
-            page = await in_thread(partial(self._list_versions, request))
+            page = await self._threads.run(partial(self._list_versions, request))
         else:
             tenant = parse_any_parent(request.parent)
-            page = await in_thread(
+            page = await self._threads.run(
                 partial(self._store.list, tenant, request.page_size, request.page_token)
             )
         residencies = await self._residencies()
@@ -146,29 +167,33 @@ class AdapterService(pb_grpc.AdapterServiceServicer):
             raise InvalidArgument(
                 "an alias deletes nothing", field="name", found=request.name, wanted="a number"
             )
-        for version in await in_thread(partial(self._store.delete, reference, "name")):
-            await self._release(version)
+        await asyncio.shield(self._delete(reference))  # else one that is gone might stay pinned
         return empty_pb2.Empty()
 
+    async def _delete(self, reference: str) -> None:
+        for version in await self._threads.run(partial(self._store.delete, reference, "name")):
+            await self._release(version)
+
     async def _release(self, version: AdapterVersion) -> None:
-        """Takes a deleted version off the device once no request runs on it; leaves it if another
-        version has the same bytes."""
-        try:
-            await in_thread(partial(self._store.open_object, version.digest))
-        except NotFound:
-            with suppress(ManyloraError):  # not there, or gone meanwhile: as wanted
-                await self._engine.unload_adapter(version.digest, when_idle=True)
+        """Takes a deleted version off the device once no request runs on it."""
+        with suppress(NotFound, Unavailable):  # not there, or gone with all others: as wanted
+            await self._engine.unload_adapter(_key(version), when_idle=True)
 
     async def LoadAdapter(self, request: pb.LoadAdapterRequest, context: Context) -> pb.Residency:
         version = await self._resolve(request.name)
         residency = await self._engine.load_adapter(_key(version), pin=request.pin)
-        return _residency(residency, version.label)
+        try:
+            await self._threads.run(partial(self._store.resolve, version.label, "name"))
+        except NotFound:  # deleted meanwhile, when there was nothing yet to take off the device
+            await self._release(version)
+            raise
+        return _residency(residency)
 
     async def UnloadAdapter(
         self, request: pb.UnloadAdapterRequest, context: Context
     ) -> empty_pb2.Empty:
         version = await self._resolve(request.name)
-        await self._engine.unload_adapter(version.digest)
+        await self._engine.unload_adapter(_key(version))
         return empty_pb2.Empty()
 
     async def WatchAdapters(
@@ -180,14 +205,33 @@ class AdapterService(pb_grpc.AdapterServiceServicer):
                 if event.key.parts:
                     continue  # a composition, which is no version of an adapter
                 if tenant is None or event.key.label.startswith(f"{tenant}/"):
-                    yield _residency(event, event.key.label)
+                    yield _residency(event)
 
     async def _resolve(self, name: str) -> AdapterVersion:
-        return await in_thread(partial(self._store.resolve, parse_name(name), "name"))
+        return await self._threads.run(partial(self._store.resolve, parse_name(name), "name"))
 
-    async def _residencies(self) -> Mapping[str, Residency]:
-        """By digest."""
-        return {entry.key.digest: entry for entry in await self._engine.residency()}
+    async def _residencies(self) -> Mapping[AdapterKey, Residency]:
+        return {entry.key: entry for entry in await self._engine.residency()}
+
+
+async def _lively(
+    requests: AsyncIterator[pb.PublishAdapterRequest],
+) -> AsyncIterator[pb.PublishAdapterRequest]:
+    """The messages, of a caller who does not fall silent."""
+    try:
+        while True:
+            async with asyncio.timeout(MOST_SILENCE):
+                message = await anext(requests)
+            yield message
+    except StopAsyncIteration:
+        return
+    except TimeoutError:
+        raise DeadlineExceeded(
+            "no more of the upload came",
+            field="chunk",
+            found=f"{MOST_SILENCE} s of silence",
+            wanted="chunks, one after the other",
+        ) from None
 
 
 async def _read_header(requests: AsyncIterator[pb.PublishAdapterRequest]) -> pb.PublishHeader:
@@ -217,8 +261,10 @@ def _key(version: AdapterVersion) -> AdapterKey:
     return AdapterKey(version.digest, version.label)
 
 
-def _version(version: AdapterVersion, residencies: Mapping[str, Residency]) -> pb.AdapterVersion:
-    residency = residencies.get(version.digest)
+def _version(
+    version: AdapterVersion, residencies: Mapping[AdapterKey, Residency]
+) -> pb.AdapterVersion:
+    residency = residencies.get(_key(version))
     message = pb.AdapterVersion(
         name=format_name(version.label),
         reference=version.label,
@@ -228,17 +274,15 @@ def _version(version: AdapterVersion, residencies: Mapping[str, Residency]) -> p
         peft_type=version.peft_type,
         rank=version.rank,
         aliases=version.aliases,
-        residency=None if residency is None else _residency(residency, version.label),
+        residency=None if residency is None else _residency(residency),
     )
     message.create_time.FromDatetime(version.created)
     return message
 
 
-def _residency(residency: Residency, label: str) -> pb.Residency:
-    """label: the version that the caller asked about. The residency's own may be of another
-    tenant, who published the same bytes."""
+def _residency(residency: Residency) -> pb.Residency:
     message = pb.Residency(
-        name=format_name(label),
+        name=format_name(residency.key.label),
         digest=residency.key.digest,
         state=_STATES[residency.state],
         size_bytes=residency.bytes,

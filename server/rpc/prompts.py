@@ -14,7 +14,7 @@ MOST_CHARACTERS = 64  # of text for each token of context, or it is not even loo
 async def read_prompt(tokenizer: Tokenizer, prompt: pb.Prompt, max_context: int) -> Encoded:
     """Raises InvalidArgument if it is empty or longer than any text that could fit, and what the
     base's chat template raises."""
-    _check_length(prompt, MOST_CHARACTERS * max_context)
+    _check_length(prompt, max_context)
     match prompt.WhichOneof("content"):
         case "text" if prompt.text:
             return await asyncio.to_thread(tokenizer.encode, prompt.text)
@@ -30,14 +30,21 @@ async def read_prompt(tokenizer: Tokenizer, prompt: pb.Prompt, max_context: int)
             raise InvalidArgument("empty", field=f"prompt.{form}")
 
 
-def _check_length(prompt: pb.Prompt, most: int) -> None:
+def _check_length(prompt: pb.Prompt, max_context: int) -> None:
+    ids, messages = prompt.token_ids, prompt.chat.messages
+    _refuse_above(max_context, max(len(ids.ids), len(ids.types)), "tokens")
+    _refuse_above(max_context, len(messages), "messages")
     texts = (prompt.text, prompt.pair.first, prompt.pair.second)
-    length = sum(map(len, texts)) + sum(len(message.content) for message in prompt.chat.messages)
-    if length > most:
+    length = sum(map(len, texts)) + sum(len(m.role) + len(m.content) for m in messages)
+    _refuse_above(MOST_CHARACTERS * max_context, length, "characters")
+
+
+def _refuse_above(most: int, found: int, what: str) -> None:
+    if found > most:
         raise InvalidArgument(
             "longer than the context could hold",
             field="prompt",
-            found=f"{length} characters",
+            found=f"{found} {what}",
             wanted=f"at most {most}",
         )
 

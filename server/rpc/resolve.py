@@ -29,22 +29,22 @@ def _resolve(store: Store, text: str, field: str) -> AdapterKey:
     parts: dict[str, WeightedPart] = {}
     for term in terms:
         version = store.resolve(term.ref, field)
-        known = parts.get(version.digest)
+        known = parts.get(version.label)
         weight = term.weight if known is None else known.weight + term.weight
-        parts[version.digest] = WeightedPart(version.digest, version.label, weight)
-    for part in parts.values():  # two names may stand for the same bytes
+        parts[version.label] = WeightedPart(version.digest, version.label, weight)
+    for part in parts.values():  # two names may stand for the same version
         check_weight(part.weight, f"{field} (weight)")
     return composition_key(tuple(parts.values()))
 
 
 def composition_key(parts: tuple[WeightedPart, ...]) -> AdapterKey:
-    """parts: of different digests. The key's digest has theirs and their weights in full, so no
-    two compositions, and no composition and an adapter, ever share a cache."""
+    """parts: of different versions. The key's digest has theirs and their weights in full, so no
+    two sums of different adapters or weights, and no sum and an adapter, ever share a cache."""
     if len(parts) == 1 and parts[0].weight == 1:
         return AdapterKey(parts[0].digest, parts[0].label)
-    ordered = tuple(sorted(parts, key=lambda part: part.digest))
+    ordered = tuple(sorted(parts, key=lambda part: part.label))
     return AdapterKey(
         digest=format_composition(WeightedRef(part.digest, part.weight) for part in ordered),
-        label=format_composition(WeightedRef(part.label, part.weight) for part in parts),
+        label=format_composition(WeightedRef(part.label, part.weight) for part in ordered),
         parts=ordered,
     )

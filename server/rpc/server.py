@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from manylora.v1.adapters_pb2 import DESCRIPTOR as ADAPTERS
 from manylora.v1.inference_pb2 import DESCRIPTOR as INFERENCE
 
 MAX_MESSAGE_BYTES = 4 << 20  # received: one prompt, or one chunk of an upload
+HEALTH_SECONDS = 1.0  # for telling those who watch the health that it ends
 MAX_STREAMS = 4096  # calls at once on one connection
 OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -92,8 +95,12 @@ class RpcServer:
     async def drain(self, seconds: float) -> None:
         """Health turns NOT_SERVING, new calls and watchers get UNAVAILABLE, running ones may
         finish within `seconds`."""
-        await self._health.enter_graceful_shutdown()
-        await self._gate.drain(seconds)
+        await asyncio.gather(self._tell_health(), self._gate.drain(seconds))
+
+    async def _tell_health(self) -> None:
+        """In time, even if one who watches it does not read."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._health.enter_graceful_shutdown(), HEALTH_SECONDS)
 
     async def stop(self) -> None:
         """Ends at once; what still runs gets UNAVAILABLE."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from manylora.adapters_store.format import Checkpoint, read_checkpoint
 from manylora.adapters_store.head import Head, Problem, Task
 from manylora.adapters_store.limits import Limits
 from manylora.adapters_store.lowering import check_config, lower
-from manylora.adapters_store.lowering.heads import split_head
+from manylora.adapters_store.lowering.heads import check_pooler, split_head
 from manylora.errors import FailedPrecondition, InvalidArgument, ManyloraError
 
 SIZES: dict[str, Any] = {
@@ -183,6 +184,16 @@ def test_a_poolers_tensors_do_not_matter_to_hidden_rows(tmp_path: Path) -> None:
     assert head is not None and (head.task, head.layers) == (Task.FEATURE_EXTRACTION, {})
     left = set(checkpoint.tensors) - set(rest.tensors)
     assert left and all(".pooler." in name for name in left)
+
+
+@pytest.mark.parametrize("kind", [peft.UniLoraConfig, peft.TinyLoraConfig])
+def test_a_pooler_that_changes_what_others_get(kind: Any, tmp_path: Path) -> None:
+    for targets, served in ((["query", "value"], True), (["query", "dense"], False)):
+        base = hf.RobertaModel(hf.RobertaConfig(**SIZES))
+        config = kind(target_modules=targets, task_type="FEATURE_EXTRACTION")
+        peft.get_peft_model(base, config).save_pretrained(tmp_path)
+        with nullcontext() if served else pytest.raises(FailedPrecondition, match=r"pooler\.dense"):
+            check_pooler(read_checkpoint(tmp_path).config)
 
 
 def test_errors_are_ours(saved: Path, tmp_path: Path) -> None:

@@ -339,16 +339,23 @@ def test_a_full_disk(store: Store, tmp_path: Path) -> None:
     assert not list((tmp_path / "store" / "staging").iterdir())
 
 
-def test_changed_bytes_are_found_on_first_use(tmp_path: Path, adapters: Any) -> None:
-    with_store = Store(tmp_path / "store")
-    version = with_store.publish("acme/tickets", adapters(1))
-    with_store.close()
+@pytest.mark.parametrize("reopened", [True, False])
+def test_changed_bytes_are_found(tmp_path: Path, adapters: Any, reopened: bool) -> None:
+    store = Store(tmp_path / "store")
+    version = store.publish("acme/tickets", adapters(1))
+    assert store.open_object(version.digest).is_dir()
     weights = next((tmp_path / "store").rglob(WEIGHTS))
     weights.chmod(0o644)
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    store = Store(tmp_path / "store")
+    os.utime(weights, ns=(0, 0))  # however coarse the file system's clock is
+    if reopened:
+        store.close()
+        store = Store(tmp_path / "store")
+    with pytest.raises(DataLoss, match="do not match"):
+        store.open_object(version.digest)
+    weights.unlink()
     with pytest.raises(DataLoss, match="do not match"):
         store.open_object(version.digest)
     healed = store.publish("acme/tickets", adapters(1))  # the same content mends it
@@ -360,6 +367,14 @@ def test_changed_bytes_are_found_on_first_use(tmp_path: Path, adapters: Any) -> 
     with pytest.raises(DataLoss, match="gone"):
         store.open_object(version.digest)
     store.close()
+
+
+def test_a_root_that_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for root in (tmp_path / "file", tmp_path / "file" / "store"):
+        with pytest.raises(FailedPrecondition) as caught:
+            Store(root)
+        assert (caught.value.field, caught.value.found) == ("store", str(root))
 
 
 def test_opening_clears_what_a_crash_left(tmp_path: Path, adapters: Any, assert_whole: Any) -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
+from manylora.adapters_store.edits import ModuleKind
 from manylora.adapters_store.lowering.config_reader import ConfigReader
 from manylora.adapters_store.lowering.lora import _read
 from manylora.adapters_store.lowering.patterns import Matcher
@@ -100,8 +101,11 @@ def test_rank_and_alpha_patterns_as_peft_reads_them(ranks: dict[str, int]) -> No
         assert ours.alphas.of(name) == ranks.get(key, 16)
 
 
-def test_all_linear_is_case_insensitive() -> None:
-    assert read_targets(ConfigReader({"target_modules": "All-Linear"}), Matcher()).all_linear
+def test_all_linear_is_case_insensitive_and_means_layers_linears() -> None:
+    targets = read_targets(ConfigReader({"target_modules": "All-Linear"}), Matcher())
+    found = [kind for kind in ModuleKind if targets.match("model.layers.0.module", kind)]
+    assert set(found) == set(ModuleKind) - {ModuleKind.EMBEDDING, ModuleKind.NORM}
+    assert not targets.match("lm_head", ModuleKind.LINEAR)
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,18 @@ def test_a_head_with_tensors_of_its_own(base: Path, make: Callable[..., Path]) -
         lower(base, adapter)
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_initialisation_of_a_tied_head(init: Any, base: Path, tmp_path: Path) -> None:
+    """It changes the embedding with the head; a file without the base's copies does not show it."""
+    config = peft.LoraConfig(
+        r=2, target_modules=["lm_head"], init_lora_weights=init, task_type="CAUSAL_LM"
+    )
+    model = peft.get_peft_model(read(base), config)
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    with pytest.raises(FailedPrecondition, match=r"lm_head: .*tied"):
+        lower(base, tmp_path)
+
+
 @pytest.mark.parametrize("case", ["embedding", "saved embedding"])
 def test_a_base_whose_head_is_not_tied(
     case: str, make: Callable[..., Path], tmp_path: Path

@@ -180,7 +180,7 @@ def test_every_sampling_argument_arrives(client: Any) -> None:
     for stop in (text[3:5], [text[3:5]]):
         stopped = client.generate(PROMPT, max_tokens=24, ignore_eos=True, stop=stop)
         assert stopped.text == text[: text.index(text[3:5])]
-    for name, value in {"temperature": -1.0, "logprobs": 99, "top_k": 2**40, "seed": -1}.items():
+    for name, value in {"temperature": -1.0, "logprobs": 99, "top_k": 2**40, "seed": -1.5}.items():
         with pytest.raises(InvalidArgument) as caught:
             ids(**{name: value})
         assert caught.value.field == f"sampling.{name}"
@@ -193,6 +193,7 @@ def test_every_sampling_argument_arrives(client: Any) -> None:
         ({"prompt": "x", "token_ids": [1]}, "prompt"),
         ({"prompt": "x", "messages": []}, "prompt"),
         ({"prompt": ""}, "prompt.text"),
+        ({"prompt": 5}, "prompt.text"),
         ({"prompt": "\ud800"}, "prompt.text"),
         ({"token_ids": []}, "prompt.token_ids"),
         ({"token_ids": [2**40]}, "prompt.token_ids"),
@@ -287,7 +288,7 @@ def test_model_info(client: Any, server: Served) -> None:
     assert {n: getattr(info, n) for n in names} == {n: getattr(wanted, n) for n in names}
 
 
-def test_adapters(client: Any, tenant: str, adapter_dirs: list[Path], server: Served) -> None:
+def test_adapters(client: Any, tenant: str, adapter_dirs: list[Path]) -> None:
     name = f"{tenant}/a"
     first = client.publish(name, str(adapter_dirs[0]), aliases=["prod"])
     assert (first.adapter, first.version, first.peft_type, first.rank) == (
@@ -307,7 +308,6 @@ def test_adapters(client: Any, tenant: str, adapter_dirs: list[Path], server: Se
     assert [v.adapter for v in client.list(name)] == [f"{name}@2", f"{name}@1"]
     assert {f"{name}@2", f"{tenant}/b@1"} <= {v.adapter for v in client.list()}
 
-    server.run(_forget(server, second.digest))
     with pytest.raises(NotFound):
         client.unload(f"{name}:canary")
     watch = client.watch()
@@ -327,12 +327,6 @@ def test_adapters(client: Any, tenant: str, adapter_dirs: list[Path], server: Se
     assert (missing.value.field, missing.value.found) == ("adapter", f"{tenant}/b")
     client.delete(name)
     assert list(client.list(tenant)) == []
-
-
-async def _forget(server: Served, digest: str) -> None:
-    """Takes what other tests may have loaded off the device."""
-    if any(r.key.uses(digest) for r in await server.engine.residency()):
-        await server.engine.unload_adapter(digest)
 
 
 @pytest.fixture(scope="session")
@@ -370,10 +364,10 @@ def test_refused_adapters(
     (tmp_path / "adapter_model.bin").write_bytes(b"\x80\x04K\x01.")
     with pytest.raises(InvalidArgument, match="pickled"):
         client.publish(f"{tenant}/a", tmp_path)
-    for name in ("", "acme", "acme/", "acme/a/b", "../a", "acme/a@1", "x" * 10_240):
+    for name in ("", "acme", "acme/", "acme/a/b", "../a", "acme/a@1", "x" * 10_240, "a/\udcff"):
         with pytest.raises(InvalidArgument) as caught:
             client.publish(name, adapter_dirs[0])
-        assert caught.value.field in ("header.parent", "header.adapter_id")
+        assert (caught.value.field or "").split(".")[0] == "header"
         if "@" not in name:
             with pytest.raises(InvalidArgument) as caught:
                 client.get(name)

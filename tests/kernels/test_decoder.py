@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -53,6 +56,33 @@ def layer(**sizes: tuple[int, int]) -> cpu.DecoderLayer:
 def test_a_layer_whose_parts_do_not_fit(sizes: dict[str, tuple[int, int]]) -> None:
     with pytest.raises(ValueError, match="decoder_layers"):
         cpu.DecoderLayers([layer(), layer(**sizes)], "silu", 1e-5, 0.0)
+
+
+def _with_bias(bias: torch.Tensor) -> cpu.DecoderLayer:
+    made = layer()
+    first = replace(made.projections[0], bias=bias)
+    return replace(made, projections=[first, *made.projections[1:]])
+
+
+def _with_norm(place: int, norm: torch.Tensor) -> cpu.DecoderLayer:
+    made = layer()
+    return replace(made, norms=[norm if i == place else n for i, n in enumerate(made.norms)])
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        lambda: _with_bias(torch.zeros(QKV)),
+        lambda: _with_bias(torch.zeros(QKV - 1, dtype=torch.bfloat16)),
+        lambda: _with_norm(0, torch.ones(HIDDEN)),
+        lambda: _with_norm(1, torch.ones(HIDDEN + 1, dtype=torch.bfloat16)),
+        lambda: _with_norm(4, torch.ones(2 * HEAD_DIM, dtype=torch.bfloat16)[::2]),
+        lambda: replace(layer(), k_cache=layer().k_cache.transpose(1, 2)),
+    ],
+)
+def test_vectors_and_caches_that_do_not_fit(broken: Callable[[], cpu.DecoderLayer]) -> None:
+    with pytest.raises(ValueError, match="decoder_layers"):
+        cpu.DecoderLayers([layer(), broken()], "silu", 1e-5, 0.0)
 
 
 def test_layers_of_several_sizes() -> None:

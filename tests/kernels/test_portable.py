@@ -123,8 +123,11 @@ def calls(monkeypatch: pytest.MonkeyPatch, shared: Shared) -> list[Call]:
             made.append((name, kernel, [shared.argument(arg) for arg in args]))
 
         monkeypatch.setattr(module, attribute, record)
-    empty, clone = torch.empty, torch.Tensor.clone
+    empty, new_empty, clone = torch.empty, torch.Tensor.new_empty, torch.Tensor.clone
     monkeypatch.setattr(torch, "empty", lambda *a, **k: shared.put(empty(*a, **k).fill_(7)))
+    monkeypatch.setattr(
+        torch.Tensor, "new_empty", lambda x, *a, **k: shared.put(new_empty(x, *a, **k).fill_(7))
+    )
     monkeypatch.setattr(
         torch, "empty_like", lambda like: shared.put(empty(like.shape, dtype=like.dtype).fill_(7))
     )

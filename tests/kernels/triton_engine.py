@@ -111,6 +111,8 @@ async def test_mixed_batches_are_the_oracles(arch: str, tmp_path: Path, launches
         max_batch_tokens=16,
     )
     house = House(settings, dict(adapters))
+    warm = set().union(*launches.steps)
+    assert warm >= LAUNCHES[arch] - {"_scale_inputs"}, "compiled while somebody waits"
     house.seen.at_step = launches.next_step
     await house.engine.start()
     for adapter in adapters:

@@ -13,7 +13,7 @@ from manylora.adapters_store.edits import LoweredAdapter, ModuleShape
 from manylora.adapters_store.files import CONFIG_FILE, WEIGHTS_FILE
 from manylora.adapters_store.format import Checkpoint
 from manylora.adapters_store.head import Head, Problem, Task
-from manylora.adapters_store.lowering import lower, read_task
+from manylora.adapters_store.lowering import check_pooler, lower, read_task
 from manylora.errors import FailedPrecondition
 from manylora.server.engine.model.heads import HeadForm
 from manylora.server.engine.model.step import StepState
@@ -123,6 +123,8 @@ def lower_for(
             found=task.value,
             wanted=" or ".join(task.value for task in views),
         )
+    if task is Task.FEATURE_EXTRACTION and Task.CAUSAL_LM not in views:
+        check_pooler(checkpoint.config)
     prefix = view.prefix
     lowered = lower(checkpoint, view.modules, lambda name: parameter(f"{prefix}{name}"))
     head = lowered.head

@@ -22,7 +22,7 @@ from manylora.errors import (
     Unavailable,
 )
 from manylora.server.engine import front
-from manylora.server.engine.types import Residency, ResidencyState
+from manylora.server.engine.types import AdapterKey, Residency, ResidencyState
 
 Start = Callable[..., Awaitable[House]]
 PROMPT = [9, 8, 7, 70]
@@ -196,15 +196,47 @@ async def test_pins_and_unloads(start: Start) -> None:
     await house.ask(PROMPT, "adapter-2", max_tokens=2)
     assert set(await house.resident()) == {"adapter-2", "adapter-3"}
     with pytest.raises(NotFound):
-        await house.engine.unload_adapter("adapter-1")
+        await house.unload("adapter-1")
     stream = house.engine.stream(
         house.request(PROMPT, "adapter-2", max_tokens=200, ignore_eos=True)
     )
     await anext(stream)
     with pytest.raises(FailedPrecondition, match="in use"):
-        await house.engine.unload_adapter("adapter-2")
+        await house.unload("adapter-2")
     await stream.aclose()
-    await house.engine.unload_adapter("adapter-2")
+    await house.unload("adapter-2")
+    await house.check_nothing_is_held()
+
+
+async def test_versions_of_the_same_bytes_are_resident_each(start: Start, oracle: Oracle) -> None:
+    """What is done with one happens to no other; the prefix cache serves both."""
+    house = await start()
+    mine, yours = (AdapterKey("adapter-1", f"{owner}/a@1") for owner in ("mine", "yours"))
+    assert (await house.engine.load_adapter(mine, pin=True)).pinned
+    assert not (await house.engine.load_adapter(yours, pin=False)).pinned
+    prompt, cached = PROMPT * 5, []
+    for key in (mine, yours):
+        answer = await house.ask(prompt, key, max_tokens=5, ignore_eos=True)
+        check(oracle, "adapter-1", answer.tokens, prompt)
+        assert answer.usage is not None
+        cached.append(answer.usage.cached_tokens)
+    assert cached == [0, 16]
+    assert house.fetch.fetched == ["adapter-1"] * 2
+    assert [r.pinned for r in await house.engine.residency()] == [True, False]
+    await house.engine.unload_adapter(yours)
+    with pytest.raises(NotFound, match="yours/a@1"):
+        await house.engine.unload_adapter(yours)
+    [left] = await house.engine.residency()
+    assert left.key == mine and left.pinned
+    await house.check_nothing_is_held()
+
+
+async def test_one_that_is_deleted_before_it_is_fetched(start: Start) -> None:
+    house = await start()
+    house.fetch.errors["adapter-1"] = NotFound("no such object", field="digest")
+    with pytest.raises(NotFound) as caught:
+        await house.ask(PROMPT, "adapter-1", max_tokens=5)
+    assert (caught.value.field, caught.value.found) == ("adapter", "tenant/adapter-1@1")
     await house.check_nothing_is_held()
 
 

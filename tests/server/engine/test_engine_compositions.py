@@ -161,16 +161,16 @@ async def test_unloading_a_part_unloads_its_compositions(start: Start) -> None:
     stream = house.engine.stream(request)
     await anext(stream)
     with pytest.raises(FailedPrecondition, match="in use"):
-        await house.engine.unload_adapter("adapter-0")
+        await house.unload("adapter-0")
     assert set(await house.resident()) == {both.digest, other.digest, "adapter-0"}
     await stream.aclose()
     await house.settled()
-    await house.engine.unload_adapter("adapter-1")  # resident as a part alone
+    await house.unload("adapter-1")  # resident as a part alone
     assert set(await house.resident()) == {other.digest, "adapter-0"}
     gone = house.seen.residencies[-1]
     assert (gone.key, gone.state) == (both, ResidencyState.EVICTED)
     with pytest.raises(NotFound):
-        await house.engine.unload_adapter("adapter-1")
+        await house.unload("adapter-1")
     await house.check_nothing_is_held()
 
 

@@ -218,7 +218,7 @@ async def test_whoever_comes_after_the_end_is_told_so(house: House) -> None:
     with pytest.raises(Unavailable):
         await house.load("adapter-1")
     with pytest.raises(Unavailable):
-        await house.engine.unload_adapter("adapter-1")
+        await house.unload("adapter-1")
     with pytest.raises(Unavailable):
         await house.engine.residency()
     await house.engine.drain(PATIENCE)
@@ -262,7 +262,7 @@ async def test_messages_that_a_broken_engine_never_reads(house: House) -> None:
         asyncio.ensure_future(house.ask(PROMPT)),
         asyncio.ensure_future(house.load("adapter-1")),
         asyncio.ensure_future(house.engine.residency()),
-        asyncio.ensure_future(house.engine.unload_adapter("adapter-1")),
+        asyncio.ensure_future(house.unload("adapter-1")),
     ]
     await asyncio.sleep(0)  # each has put its message
     told.set()
@@ -288,7 +288,7 @@ async def test_messages_behind_the_one_that_breaks_the_engine(
     calls = [asyncio.ensure_future(house.ask(PROMPT))]
     assert await asyncio.to_thread(stepping.wait, PATIENCE)
     calls += [
-        asyncio.ensure_future(house.engine.unload_adapter("adapter-1")),
+        asyncio.ensure_future(house.unload("adapter-1")),
         asyncio.ensure_future(house.load("adapter-1")),
         asyncio.ensure_future(house.ask(PROMPT)),
     ]

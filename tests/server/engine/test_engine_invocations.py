@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from manylora_testing import Oracle
 from manylora_testing.adapters import tiny_lora
 from manylora_testing.engine import Answer, House
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from manylora.errors import FailedPrecondition
 from manylora.server.engine.invocation import NEVER, acts_from
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -155,6 +157,27 @@ async def test_blocks_before_are_shared_with_the_base(house: House, model: Any) 
     assert await cached("first", inside) == 32  # not the base's third block
     assert await cached("second", inside) == 32
     assert await cached("first", inside) == 64
+    await house.check_nothing_is_held()
+
+
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+async def test_one_that_overflows_leaves_the_bases_blocks_whole(
+    start: Start, base: Path, tmp_path: Path, model: Any, kernels: str
+) -> None:
+    """Though its rows come in one prompt with them, and kernels may let a NaN pass to all of one
+    sequence's rows in a step."""
+    options: Any = {"targets": ["v_proj"], "alora_invocation_tokens": INVOKE}
+    tiny_lora(base, tmp_path, r=3, alpha=3, seed=1, **options)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    huge = {name: torch.full_like(tensor, 1e30) for name, tensor in weights.items()}
+    save_file(huge, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    house = await start(kernels=kernels, max_batch_tokens=64)
+    house.fetch.directories["wild"] = tmp_path
+    with pytest.raises(FailedPrecondition, match="not finite"):
+        await ask(house, "wild", [*CONTEXT, *INVOKE, 9])
+    answer = await ask(house, "", [*CONTEXT, 9])
+    check(model, "", [*CONTEXT, 9], answer)
+    assert answer.usage is not None and answer.usage.cached_tokens == 48
     await house.check_nothing_is_held()
 
 

@@ -115,7 +115,7 @@ async def test_one_that_moves_goes_on_as_before(
     request = house.request(PROMPT, method, max_tokens=40, ignore_eos=True)
     stream = house.engine.stream(request)
     tokens = (await anext(stream)).token_ids
-    await house.engine.unload_adapter("first")
+    await house.unload("first")
     assert not moves
     await house.load("larger")
     assert moves

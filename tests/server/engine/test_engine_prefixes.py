@@ -148,7 +148,7 @@ async def test_preempted_and_moved(
     assert house.engine.stats().blocks_total == 8
     await house.load("adapter-1")
     await house.load(name)
-    await house.engine.unload_adapter("adapter-1")
+    await house.unload("adapter-1")
     answers = await asyncio.gather(
         *(house.ask([*PROMPT, 70 + i], name, max_tokens=15, ignore_eos=True) for i in range(5))
     )

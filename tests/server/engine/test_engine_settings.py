@@ -20,6 +20,7 @@ def test_misfits_of_the_machine(
     monkeypatch: pytest.MonkeyPatch, gpu: bool, kernels: str, field: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     settings = EngineSettings(model=Path("nowhere"), device="cuda", kernels=kernels)
     with pytest.raises(FailedPrecondition) as caught:
         Engine(settings, Path, lambda events: None, Seen())  # noqa: ARG005

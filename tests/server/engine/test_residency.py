@@ -47,7 +47,7 @@ def load(loading: Loading, digest: str, *, pin: bool = False) -> Future[Residenc
 
 def unload(loading: Loading, digest: str) -> Future[None]:
     done: Future[None] = Future()
-    loading.manager.unload(digest, done)
+    loading.manager.unload(key(digest), done)
     return done
 
 
@@ -64,7 +64,7 @@ def test_a_wanted_adapter_becomes_resident(make: Make) -> None:
     loading.finish("a")
     want(loading, "a")
     assert loading.manager.ready(key("a"))
-    slot = loading.manager.acquire("a")
+    slot = loading.manager.acquire(key("a"))
     loading.check_slot("a", slot)
     [residency] = loading.manager.snapshot()
     assert residency.key == key("a")
@@ -77,8 +77,8 @@ def test_a_wanted_adapter_becomes_resident(make: Make) -> None:
 def test_the_least_recently_used_goes_first(make: Make) -> None:
     loading = make()
     loading.make_resident("a", "b", "c")
-    loading.manager.acquire("a")
-    loading.manager.release("a")
+    loading.manager.acquire(key("a"))
+    loading.manager.release(key("a"))
     loading.make_resident("d")
     assert loading.resident == {"a", "d"}
     assert [e.key.digest for e in loading.events if e.state is ResidencyState.EVICTED] == ["b", "c"]
@@ -96,22 +96,22 @@ def test_slots_run_out_before_memory(make: Make) -> None:
     loading = make(room=100, slots=2)
     loading.make_resident("a", "b", "c")
     assert loading.resident == {"b", "c"}
-    assert loading.manager.slots_used == 2
+    assert loading.placement.slots_used == 2
 
 
 def test_one_in_use_stays_and_is_waited_for(make: Make) -> None:
     loading = make()
     loading.make_resident("a", "b", "c")
-    slots = {digest: loading.manager.acquire(digest) for digest in "abc"}
+    slots = {digest: loading.manager.acquire(key(digest)) for digest in "abc"}
     want(loading, "d")
     loading.finish("d")
     want(loading, "d")
     assert loading.resident == {"a", "b", "c"}
     assert loading.manager.lacks_room(key("d"))
-    loading.manager.release("b")
+    loading.manager.release(key("b"))
     want(loading, "d")
     assert loading.resident == {"a", "b", "c"}, "evicted one although that was not enough"
-    loading.manager.release("a")
+    loading.manager.release(key("a"))
     want(loading, "d")
     assert loading.resident == {"c", "d"}
     assert not loading.manager.lacks_room(key("d"))
@@ -142,7 +142,7 @@ def test_pins_that_leave_no_room(make: Make) -> None:
     want(loading, "e")
     with pytest.raises(ResourceExhausted):
         done.result(0)
-    assert isinstance(loading.manager.take_failures()["e"], ResourceExhausted)
+    assert isinstance(loading.manager.take_failures()[key("e")], ResourceExhausted)
     assert loading.resident == {"a", "b", "c"}
     load(loading, "a", pin=False)
     load(loading, "b", pin=False)
@@ -176,11 +176,11 @@ def test_a_gap_too_small_is_closed(make: Make) -> None:
     """The others move; what they are stays, also of one that is in use."""
     loading = make(dict.fromkeys("abc", 1) | {"d": 2})
     loading.make_resident("a", "b", "c")
-    slot = loading.manager.acquire("b")
+    slot = loading.manager.acquire(key("b"))
     loading.make_resident("d")
     assert loading.resident == {"b", "d"}
     loading.check_slot("b", slot)
-    loading.check_slot("d", loading.manager.acquire("d"))
+    loading.check_slot("d", loading.manager.acquire(key("d")))
 
 
 def test_a_failed_load_is_told_once_and_tried_again(make: Make) -> None:
@@ -190,7 +190,7 @@ def test_a_failed_load_is_told_once_and_tried_again(make: Make) -> None:
     loading.finish("a", BROKEN)
     for done in (first, second):
         assert done.exception(0) is BROKEN
-    assert loading.manager.take_failures() == {"a": BROKEN}
+    assert loading.manager.take_failures() == {key("a"): BROKEN}
     assert loading.manager.take_failures() == {}
     assert loading.events[-1].state is ResidencyState.FAILED
     assert "broken" in loading.events[-1].error
@@ -240,14 +240,14 @@ def test_explicit_loads_take_no_more_host_memory_than_requests(make: Make) -> No
     ranks = dict.fromkeys("abcdefgh", 1)
     loading = make(ranks, room=1)
     loading.make_resident("a")
-    loading.manager.acquire("a")
+    loading.manager.acquire(key("a"))
     calls = [load(loading, digest) for digest in "bcdefgh"]
     given_up = load(loading, "h")
     assert loading.loading == list("bcde")
     loading.finish_all()
     want(loading, "")
     assert loading.loading == []
-    loading.manager.release("a")
+    loading.manager.release(key("a"))
     calls[-1].cancel()
     given_up.cancel()
     want(loading, "")
@@ -298,7 +298,7 @@ def test_the_first_without_room_keeps_it_from_those_behind(make: Make) -> None:
     """Small adapters do not starve a large one."""
     loading = make()
     loading.make_resident("a", "b", "c")
-    loading.manager.acquire("a")
+    loading.manager.acquire(key("a"))
     want(loading, "e")
     loading.finish("e")
     extra = dict(RANKS) | {"g": 1}
@@ -307,7 +307,7 @@ def test_the_first_without_room_keeps_it_from_those_behind(make: Make) -> None:
     loading.finish("g")
     want(loading, "eg")
     assert loading.resident == {"a", "b", "c"}
-    loading.manager.release("a")
+    loading.manager.release(key("a"))
     want(loading, "eg")
     assert loading.resident == {"e"}
 
@@ -315,10 +315,10 @@ def test_the_first_without_room_keeps_it_from_those_behind(make: Make) -> None:
 def test_unload(make: Make) -> None:
     loading = make()
     loading.make_resident("a", "b")
-    loading.manager.acquire("a")
+    loading.manager.acquire(key("a"))
     with pytest.raises(FailedPrecondition, match="in use"):
         unload(loading, "a").result(0)
-    loading.manager.release("a")
+    loading.manager.release(key("a"))
     assert unload(loading, "a").result(0) is None
     with pytest.raises(NotFound):
         unload(loading, "a").result(0)
@@ -329,26 +329,26 @@ def test_unload(make: Make) -> None:
         unload(loading, "c").result(0)
     assert loading.resident == {"b"}
     assert loading.pool.used == elements(1)
-    assert loading.manager.slots_used == 1
+    assert loading.placement.slots_used == 1
 
 
 def test_what_is_to_go_goes_once_nobody_wants_it(make: Make) -> None:
     loading = make()
     loading.make_resident("a", "b")
-    loading.manager.acquire("a")
+    loading.manager.acquire(key("a"))
     done: Future[None] = Future()
-    loading.manager.unload("a", done, when_idle=True)
+    loading.manager.unload(key("a"), done, when_idle=True)
     assert done.result(0) is None
     want(loading, "")
     assert loading.resident == {"a", "b"}, "a runs"
-    loading.manager.release("a")
+    loading.manager.release(key("a"))
     want(loading, "a")
     assert loading.resident == {"a", "b"}, "a was preempted"
     want(loading, "")
     assert loading.resident == {"b"}
     load(loading, "c", pin=True)
     late: Future[None] = Future()
-    loading.manager.unload("c", late, when_idle=True)
+    loading.manager.unload(key("c"), late, when_idle=True)
     loading.finish("c")
     want(loading, "")
     want(loading, "")
@@ -368,7 +368,7 @@ def test_callers_who_give_up(make: Make) -> None:
     for digest in ("a", "c"):
         late: Future[None] = Future()
         late.cancel()
-        loading.manager.unload(digest, late)
+        loading.manager.unload(key(digest), late)
     assert loading.resident == set()
     load(loading, "a")
     loading.finish("a")
@@ -420,14 +420,14 @@ class Residencies(RuleBasedStateMachine):
     @rule(digest=digest)
     def use(self, digest: str) -> None:
         if self.loading.manager.ready(key(digest)):
-            slot = self.loading.manager.acquire(digest)
+            slot = self.loading.manager.acquire(key(digest))
             self.held.setdefault(digest, []).append(slot)
 
     @precondition(lambda self: self.held)
     @rule(data=st.data())
     def leave(self, data: st.DataObject) -> None:
         digest = data.draw(st.sampled_from(sorted(self.held)))
-        self.loading.manager.release(digest)
+        self.loading.manager.release(key(digest))
         self.held[digest].pop()
         if not self.held[digest]:
             del self.held[digest]
@@ -476,7 +476,7 @@ class Residencies(RuleBasedStateMachine):
     def the_accounts_are_right(self) -> None:
         resident = self.loading.resident
         assert self.loading.pool.used == sum(elements(RANKS[d]) for d in resident)
-        assert self.loading.manager.slots_used == len(resident)
+        assert self.loading.placement.slots_used == len(resident)
         assert int(self.loading.table.rank.any(dim=1).sum()) == len(resident)
         for residency in self.loading.manager.snapshot():
             assert residency.in_use == len(self.held.get(residency.key.digest, []))
@@ -490,13 +490,13 @@ class Residencies(RuleBasedStateMachine):
     def teardown(self) -> None:
         for digest, slots in self.held.items():
             for _ in slots:
-                self.loading.manager.release(digest)
+                self.loading.manager.release(key(digest))
         for _ in RANKS:  # no more than MAX_STAGED at once
             self.loading.finish_all()
             want(self.loading, "")
         assert all(done.done() for done in self.done), "a load was never answered"
         for digest in self.loading.resident:
-            self.loading.check_slot(digest, self.loading.manager.acquire(digest))
+            self.loading.check_slot(digest, self.loading.manager.acquire(key(digest)))
         self.loading.close()
 
 
@@ -508,13 +508,13 @@ def test_an_unload_takes_the_pin_from_what_is_on_its_way(make: Make) -> None:
     """Else an adapter that is deleted while it waits for room would then stay for ever."""
     loading = make()
     loading.make_resident("d")
-    loading.manager.acquire("d")
+    loading.manager.acquire(key("d"))
     waiting = load(loading, "e", pin=True)
     loading.finish("e")
     want(loading, "")
     with pytest.raises(NotFound):
         unload(loading, "e").result(0)
-    loading.manager.release("d")
+    loading.manager.release(key("d"))
     want(loading, "")
     assert not waiting.result(0).pinned
     assert unload(loading, "e").result(0) is None
@@ -523,7 +523,7 @@ def test_an_unload_takes_the_pin_from_what_is_on_its_way(make: Make) -> None:
 def test_a_load_that_its_caller_gave_up_holds_nobody_up(make: Make) -> None:
     loading = make()
     loading.make_resident("d")
-    loading.manager.acquire("d")
+    loading.manager.acquire(key("d"))
     given_up = load(loading, "e", pin=True)
     loading.finish("e")
     want(loading, "a")

@@ -18,7 +18,13 @@ from manylora.errors import FailedPrecondition, ManyloraError
 from manylora.server.engine.blocks import BlockManager
 from manylora.server.engine.scheduler import MAX_OVERTAKES, Chunk, Scheduler
 from manylora.server.engine.sequence import Sequence
-from manylora.server.engine.types import Request, Residency, ResidencyState, SamplingParams
+from manylora.server.engine.types import (
+    AdapterKey,
+    Request,
+    Residency,
+    ResidencyState,
+    SamplingParams,
+)
 
 SIZE = 4
 RANKS = {"a": 1, "b": 1, "c": 2, "d": 2, "e": 3}
@@ -65,8 +71,8 @@ class House:
         self.failed: list[tuple[Sequence, ManyloraError]] = []
         self.preemptions = 0
 
-    def add(self, digest: str, prompt: Seq[int], count: int) -> Sequence:
-        adapter = key(digest) if digest else None
+    def add(self, digest: str, prompt: Seq[int], count: int, tenant: str = "tenant") -> Sequence:
+        adapter = AdapterKey(digest, f"{tenant}/{digest}@1") if digest else None
         request = Request("id", list(prompt), SamplingParams(max_tokens=count), adapter)
         sequence = Sequence.start(request, frozenset())
         self.scheduler.add(sequence)
@@ -149,7 +155,7 @@ class House:
         for residency in self.loading.manager.snapshot():
             assert residency.in_use == 0
         self.loading.manager.want([])
-        assert self.loading.manager.slots_used == len(self.loading.resident)
+        assert self.loading.placement.slots_used == len(self.loading.resident)
 
 
 @dataclass(frozen=True)
@@ -255,6 +261,19 @@ def test_the_first_come_is_the_first_served(houses: list[House]) -> None:
     sequences = [house.add("", [i], 3) for i in range(6)]
     house.run()
     assert house.finished == sequences
+
+
+def test_tenants_take_turns(houses: list[House]) -> None:
+    """One who sends much does not keep others out, nor do they him."""
+    house = House(sequences=2)
+    houses.append(house)
+    many = [house.add("a", [i], 4, "many") for i in range(8)]
+    others = [*(house.add("b", [i], 4, "few") for i in range(2)), house.add("", [1], 4)]
+    house.run()
+    assert [s for s in house.finished if s in many] == many
+    places = [house.finished.index(sequence) for sequence in others]
+    assert max(places) < house.finished.index(many[4])
+    assert house.finished.index(many[0]) < max(places)
 
 
 def test_preempted_ones_go_on_where_they_were(houses: list[House]) -> None:

@@ -320,7 +320,7 @@ def test_two_dozen_clients_publish_one_name(
 
 
 def test_load_pin_unload(stubs: Stubs, tenant: str, adapter_dirs: list[Path]) -> None:
-    version = stubs.publish(f"tenants/{tenant}", "a", _unique(adapter_dirs[0], tenant), "prod")
+    version = stubs.publish(f"tenants/{tenant}", "a", adapter_dirs[0], "prod")
     assert not version.HasField("residency")
     name = f"tenants/{tenant}/adapters/a"
     unload = pb.UnloadAdapterRequest(name=name)
@@ -350,7 +350,7 @@ def test_load_pin_unload(stubs: Stubs, tenant: str, adapter_dirs: list[Path]) ->
 def test_unload_is_refused_while_in_use(
     stubs: Stubs, tenant: str, adapter_dirs: list[Path], server: Served
 ) -> None:
-    stubs.publish(f"tenants/{tenant}", "a", _unique(adapter_dirs[0], tenant))
+    stubs.publish(f"tenants/{tenant}", "a", adapter_dirs[0])
     name = f"tenants/{tenant}/adapters/a"
     stream = stubs.inference.StreamGenerate(
         text_request("hello", f"{tenant}/a", max_tokens=4000, ignore_eos=True)
@@ -369,7 +369,7 @@ def test_unload_is_refused_while_in_use(
 def test_delete_lets_running_requests_finish(
     stubs: Stubs, tenant: str, adapter_dirs: list[Path], server: Served
 ) -> None:
-    version = stubs.publish(f"tenants/{tenant}", "a", _unique(adapter_dirs[0], tenant))
+    version = stubs.publish(f"tenants/{tenant}", "a", adapter_dirs[0])
     name = f"tenants/{tenant}/adapters/a"
     load(stubs, name, pin=True)
     request = text_request("hello", f"{tenant}/a", max_tokens=300, ignore_eos=True)
@@ -382,28 +382,21 @@ def test_delete_lets_running_requests_finish(
     parts += stream
     assert "".join(part.text for part in parts) == before.text
 
-    def gone() -> bool:
-        return version.digest not in {r.key.digest for r in server.run(server.engine.residency())}
-
-    eventually(gone)
-    assert not (server.root / "objects" / version.digest[:2] / version.digest).exists()
+    eventually(lambda: version.reference not in resident(server))
 
 
 def test_delete_takes_an_idle_adapter_off_the_device(
     stubs: Stubs, tenant: str, adapter_dirs: list[Path], server: Served
 ) -> None:
-    directory = _unique(adapter_dirs[0], tenant)
-    digest = stubs.publish(f"tenants/{tenant}", "a", directory).digest
-    stubs.publish(f"tenants/{tenant}", "b", directory)
-    load(stubs, f"tenants/{tenant}/adapters/a", pin=True)
-
-    def resident() -> bool:
-        return digest in {r.key.digest for r in server.run(server.engine.residency())}
-
+    for name in ("a", "b"):
+        stubs.publish(f"tenants/{tenant}", name, adapter_dirs[0])
+        load(stubs, f"tenants/{tenant}/adapters/{name}", pin=True)
+    assert {f"{tenant}/a@1", f"{tenant}/b@1"} <= resident(server)
     stubs.adapters.DeleteAdapter(pb.DeleteAdapterRequest(name=f"tenants/{tenant}/adapters/a"))
-    assert resident(), "b has the same bytes"
+    assert f"{tenant}/a@1" not in resident(server)
+    assert f"{tenant}/b@1" in resident(server), "of the same bytes, but not deleted"
     stubs.adapters.DeleteAdapter(pb.DeleteAdapterRequest(name=f"tenants/{tenant}/adapters/b"))
-    assert not resident()
+    assert f"{tenant}/b@1" not in resident(server)
 
 
 def test_delete_one_version(stubs: Stubs, tenant: str, adapter_dirs: list[Path]) -> None:
@@ -427,20 +420,31 @@ def test_delete_one_version(stubs: Stubs, tenant: str, adapter_dirs: list[Path])
 def test_tenants_with_the_same_bytes_do_not_see_each_other(
     stubs: Stubs, tenant: str, adapter_dirs: list[Path]
 ) -> None:
-    one, other = f"x{tenant}", f"y{tenant}"
-    for owner in (one, other):
-        stubs.publish(f"tenants/{owner}", "a", adapter_dirs[0])
-    load(stubs, f"tenants/{one}/adapters/a")
-    name = f"tenants/{other}/adapters/a"
-    assert get(stubs, name).residency.name == f"{name}/versions/1"
-    assert load(stubs, name).name == f"{name}/versions/1"
-    page = stubs.adapters.ListAdapters(pb.ListAdaptersRequest(parent=f"tenants/{other}"))
-    assert one not in str(page)
+    """Nor does what one does with its adapter happen to the other's."""
+    parents = [f"tenants/{owner}{tenant}" for owner in "xy"]
+    one, other = (f"{parent}/adapters/a" for parent in parents)
+    for parent in parents:
+        stubs.publish(parent, "a", adapter_dirs[0])
+    load(stubs, one, pin=True)
+    assert not get(stubs, other).HasField("residency")
+    assert load(stubs, other).name == f"{other}/versions/1"
+    watch = stubs.adapters.WatchAdapters(pb.WatchAdaptersRequest(parent=parents[1]))
+    seen = [next(watch)]
+    stubs.adapters.UnloadAdapter(pb.UnloadAdapterRequest(name=other))
+    seen.append(next(watch))
+    watch.cancel()
+    states = [pb.RESIDENCY_STATE_RESIDENT, pb.RESIDENCY_STATE_EVICTED]
+    assert [(e.name, e.state) for e in seen] == [(f"{other}/versions/1", s) for s in states]
+    page = stubs.adapters.ListAdapters(pb.ListAdaptersRequest(parent=parents[1]))
+    assert parents[0] not in str(page)
+    residency = get(stubs, one).residency
+    assert residency.state == pb.RESIDENCY_STATE_RESIDENT and residency.pinned
+    load(stubs, one, pin=False)
 
 
 def test_watch(stubs: Stubs, tenant: str, adapter_dirs: list[Path]) -> None:
-    stubs.publish(f"tenants/{tenant}", "old", _unique(adapter_dirs[0], f"{tenant}-1"))
-    stubs.publish(f"tenants/{tenant}", "new", _unique(adapter_dirs[1], f"{tenant}-2"))
+    stubs.publish(f"tenants/{tenant}", "old", adapter_dirs[0])
+    stubs.publish(f"tenants/{tenant}", "new", adapter_dirs[1])
     old, new = (f"tenants/{tenant}/adapters/{name}" for name in ("old", "new"))
     load(stubs, old)
     watch = stubs.adapters.WatchAdapters(pb.WatchAdaptersRequest(parent=f"tenants/{tenant}"))
@@ -465,15 +469,10 @@ def test_watch(stubs: Stubs, tenant: str, adapter_dirs: list[Path]) -> None:
     assert refused_field(lambda: next(stubs.adapters.WatchAdapters(bad))) == "parent"
 
 
+def resident(server: Served) -> set[str]:
+    return {r.key.label for r in server.run(server.engine.residency())}
+
+
 def _until(events: Iterator[pb.Residency], wanted: Callable[[pb.Residency], bool]) -> None:
     while not wanted(next(events)):
         pass
-
-
-def _unique(directory: Path, key: str) -> Path:
-    """The same adapter under a digest of its own, so that no other test's loads are in its way."""
-    copy = directory.parent / f"copy-{key}"
-    shutil.copytree(directory, copy, dirs_exist_ok=True)
-    config = copy / CONFIG
-    config.write_text(f"{json.dumps({**json.loads(config.read_text()), 'revision': key})}\n")
-    return copy

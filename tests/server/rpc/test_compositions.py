@@ -59,6 +59,15 @@ def test_the_same_adapter_by_two_names_is_one(stubs: Stubs, published: str) -> N
     assert refused_field(lambda: stubs.inference.Generate(none)) == "adapter (weight)"
 
 
+def test_versions_of_the_same_bytes_add_up(
+    stubs: Stubs, published: str, adapter_dirs: list[Path]
+) -> None:
+    stubs.publish(f"tenants/{published}", "same", adapter_dirs[0])
+    both = ask(stubs, f"{published}/same*0.75+{published}/a0*0.25")
+    assert both.adapter == f"{published}/a0@1*0.25+{published}/same@1*0.75"
+    assert both.token_ids == ask(stubs, f"{published}/a0").token_ids
+
+
 def test_every_part_must_be_there(stubs: Stubs, published: str) -> None:
     for other in ("b", "a1:canary", "a1@2"):
         request = text_request("hello", f"{published}/a0*0.5+{published}/{other}*0.5")

@@ -180,6 +180,11 @@ class House:
         assert key is not None
         return await self.engine.load_adapter(key, pin=pin)
 
+    async def unload(self, digest: str) -> None:
+        key = adapter_key(digest)
+        assert key is not None
+        await self.engine.unload_adapter(key)
+
     async def resident(self) -> dict[str, Residency]:
         return {r.key.digest: r for r in await self.engine.residency()}
 
@@ -198,7 +203,7 @@ class House:
         assert [r.in_use for r in resident.values()] == [0] * len(resident)
         for residency in sorted(resident.values(), key=lambda r: not r.key.parts):
             assert residency.error == ""  # a part would take its compositions with it
-            await self.engine.unload_adapter(residency.key.digest)
+            await self.engine.unload_adapter(residency.key)
         stats = await self.settled()
         assert (stats.slots_used, stats.pool_bytes_used) == (0, 0)
 

@@ -14,6 +14,7 @@ from manylora.kernels import EditTable, reference
 from manylora.server.engine.mailbox import Loaded
 from manylora.server.engine.model.overrides import Overrides
 from manylora.server.engine.packing import PackedAdapter, pack
+from manylora.server.engine.placement import Placement
 from manylora.server.engine.pool import Pool
 from manylora.server.engine.residency import ResidencyManager
 from manylora.server.engine.types import AdapterKey, Residency, ResidencyState
@@ -64,10 +65,9 @@ class Loading:
         self.loading: list[str] = []  # on loader threads, the first begun first
         self._gates: dict[str, SimpleQueue[ManyloraError | None]] = defaultdict(SimpleQueue)
         self._posted: SimpleQueue[Loaded] = SimpleQueue()
+        self.placement = Placement(self.pool, self.table, self.overrides)
         self.manager = ResidencyManager(
-            self.pool,
-            self.table,
-            self.overrides,
+            self.placement,
             self._load,
             self._posted.put,
             self._notice,
@@ -79,7 +79,7 @@ class Loading:
         self.loading.remove(digest)
         self._gates[digest].put(error)
         message = self._posted.get(timeout=SECONDS)
-        assert message.digest == digest
+        assert message.key.digest == digest
         self.manager.loaded(message)
 
     def finish_all(self) -> None:
