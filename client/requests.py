@@ -181,7 +181,7 @@ def import_adapter(
     tenant, _, adapter = name.partition("/")
     return _checked(
         adapters_pb2.ImportAdapterRequest,
-        "adapter",
+        "request",
         parent=f"tenants/{tenant}",
         adapter_id=adapter,
         path=path,

@@ -30,6 +30,7 @@ struct alignas(64) TileShapes {
   __attribute__((always_inline)) void use() const {
     asm volatile("" : : "r"(this) : "memory");  // the intrinsic does not say that it reads all of it
     _tile_loadconfig(this);
+    asm volatile("" : : "r"(this) : "memory");
   }
 };
 

@@ -48,7 +48,7 @@ class EncoderScheduler:
     def schedule(self) -> tuple[list[Chunk], list[tuple[Sequence, ManyloraError]]]:
         """This step's sequences, in the order of their arrival but for those whose adapter is not
         there yet; and those that cannot run (already removed)."""
-        take_turns(self.waiting, self.running)
+        take_turns(self.waiting, self.running, self._residency)
         self._residency.want([s.request.adapter for s in self.waiting if s.request.adapter])
         failed = take_failed(self.waiting, self._residency)
         chunks: list[Chunk] = []

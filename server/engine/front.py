@@ -235,7 +235,8 @@ class AsyncEngine:
         return await asyncio.wrap_future(done)
 
     async def unload_adapter(self, key: AdapterKey, *, when_idle: bool = False) -> None:
-        """when_idle: one in use, or on its way, goes as soon as no request wants it.
+        """when_idle: one in use, or on its way, goes as soon as no request wants it, and it is no
+        error if it is not there.
 
         Raises NotFound if it is not resident, FailedPrecondition if it is in use.
         """

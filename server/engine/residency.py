@@ -177,21 +177,20 @@ class ResidencyManager:
 
     def unload(self, key: AdapterKey, done: Future[None], *, when_idle: bool = False) -> None:
         """Evicts an adapter that is resident and not in use, and with it the compositions that it
-        is part of; one on its way comes without a pin. when_idle: others go when they may."""
+        is part of; one on its way comes without a pin. when_idle: `want` does, and they may be in
+        use until then."""
+        entries = [e for e in self._entries.values() if e.key.uses(key)]
         if when_idle:
-            for entry in self._entries.values():
-                entry.leaving |= entry.key.uses(key)
+            for entry in entries:
+                entry.leaving, entry.pinned = True, False
+            answer(done, None)
+            return
         if (own := self._entries.get(key)) and own.stage is not _Stage.RESIDENT:
             own.pinned = False
-        entries = [e for e in self._entries.values() if e.key.uses(key)]
         resident = [entry for entry in entries if entry.stage is _Stage.RESIDENT]
         users = sum(entry.users for entry in resident)
         if not resident:
             refuse(done, NotFound("adapter is not resident", field="name", found=key.label))
-        elif when_idle and (users or not self._order.keys().isdisjoint(e.key for e in resident)):
-            for entry in resident:
-                entry.pinned = False
-            answer(done, None)
         elif users:
             found = f"{users} running requests"
             refuse(done, FailedPrecondition("adapter is in use", field="name", found=found))

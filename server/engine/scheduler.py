@@ -139,7 +139,7 @@ class Scheduler:
         times by others with adapters, because they may keep that room taken for ever. So is an
         explicit load, but by whoever comes for the first time."""
         passed: list[Sequence] = []
-        take_turns(self.waiting, self.running)
+        take_turns(self.waiting, self.running, self._residency)
         self._residency.want([s.request.adapter for s in self.waiting if s.request.adapter])
         failed = take_failed(self.waiting, self._residency)
         kept_out: list[Overtaken] = self._residency.loads_without_room()
@@ -231,19 +231,23 @@ def _next_rows(sequence: Sequence, budget: int) -> int:
     return min(budget, rows if before <= 0 else min(rows, before))
 
 
-def take_turns(waiting: deque[Sequence], running: Iterable[Sequence]) -> None:
-    """Orders the queue so that tenants take turns, first who has the fewest running; else the order
-    stays, and preempted sequences come first."""
+def take_turns(
+    waiting: deque[Sequence], running: Iterable[Sequence], residency: ResidencyManager
+) -> None:
+    """Orders the queue so that tenants take turns, first who has the fewest running, each in the
+    order of arrival. Before all come those that were preempted, or for whose adapter others must
+    make room: whoever is admitted then goes before them, and is counted."""
     if len({sequence.tenant for sequence in waiting}) < 2:
         return
     taken = Counter(sequence.tenant for sequence in running)
-    turns: list[tuple[int, Sequence]] = []
-    for sequence in waiting:
-        turns.append((-1 if sequence.admitted else taken[sequence.tenant], sequence))
+    turns: list[tuple[int, float, Sequence]] = []
+    for sequence in sorted(waiting, key=lambda its: its.arrived):
+        first = sequence.admitted is not None or residency.lacks_room(sequence.request.adapter)
+        turns.append((-1 if first else taken[sequence.tenant], sequence.arrived, sequence))
         taken[sequence.tenant] += 1
-    turns.sort(key=lambda turn: turn[0])
+    turns.sort(key=lambda turn: turn[:2])
     waiting.clear()
-    waiting.extend(sequence for _, sequence in turns)
+    waiting.extend(sequence for _, _, sequence in turns)
 
 
 def take_failed(

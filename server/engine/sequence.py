@@ -72,7 +72,7 @@ class Sequence:
 
     @property
     def tenant(self) -> str:
-        """Whose adapter it is; "" for the base, which is nobody's."""
+        """Whose adapter it is, the first one's of several; "" for the base, which is nobody's."""
         adapter = self.request.adapter
         return "" if adapter is None else adapter.label.partition("/")[0]
 

@@ -176,18 +176,23 @@ class AdapterService(pb_grpc.AdapterServiceServicer):
 
     async def _release(self, version: AdapterVersion) -> None:
         """Takes a deleted version off the device once no request runs on it."""
-        with suppress(NotFound, Unavailable):  # not there, or gone with all others: as wanted
+        with suppress(Unavailable):  # gone with all others: as wanted
             await self._engine.unload_adapter(_key(version), when_idle=True)
 
     async def LoadAdapter(self, request: pb.LoadAdapterRequest, context: Context) -> pb.Residency:
         version = await self._resolve(request.name)
         residency = await self._engine.load_adapter(_key(version), pin=request.pin)
+        await asyncio.shield(self._check_still_there(version))
+        return _residency(residency)
+
+    async def _check_still_there(self, version: AdapterVersion) -> None:
+        """Raises NotFound if a version was deleted while it was loaded, when there was nothing yet
+        to take off the device."""
         try:
             await self._threads.run(partial(self._store.resolve, version.label, "name"))
-        except NotFound:  # deleted meanwhile, when there was nothing yet to take off the device
+        except NotFound:
             await self._release(version)
             raise
-        return _residency(residency)
 
     async def UnloadAdapter(
         self, request: pb.UnloadAdapterRequest, context: Context
@@ -228,9 +233,9 @@ async def _lively(
     except TimeoutError:
         raise DeadlineExceeded(
             "no more of the upload came",
-            field="chunk",
+            field="upload",
             found=f"{MOST_SILENCE} s of silence",
-            wanted="chunks, one after the other",
+            wanted="a header and chunks, one after the other",
         ) from None
 
 

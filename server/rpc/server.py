@@ -37,6 +37,7 @@ OPTIONS = (
     ("grpc.http2.max_ping_strikes", 2),
     ("grpc.keepalive_permit_without_calls", 1),
 )
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 SERVICES = tuple(
     service.full_name
     for file in (INFERENCE, ADAPTERS)
@@ -98,9 +99,11 @@ class RpcServer:
         await asyncio.gather(self._tell_health(), self._gate.drain(seconds))
 
     async def _tell_health(self) -> None:
-        """In time, even if one who watches it does not read."""
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._health.enter_graceful_shutdown(), HEALTH_SECONDS)
+        """In time, even if one who watches a service's health does not read."""
+        ends = [self._health.set(name, NOT_SERVING) for name in ("", *SERVICES)]
+        for end in (asyncio.gather(*ends), self._health.enter_graceful_shutdown()):
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(end, HEALTH_SECONDS)
 
     async def stop(self) -> None:
         """Ends at once; what still runs gets UNAVAILABLE."""

@@ -36,7 +36,8 @@ class TaskBase:
 
     pad_token_id: that classifiers look for, or None. labels, problem: of the base's own config,
     for heads that do not say. embedding: the rows of an embedding where the request does not say.
-    head: the base's own, of an encoder that was trained to classify.
+    head: the base's own, of an encoder that was trained to classify. has_pooler: whether
+    transformers puts one behind the base without a head, where peft may adapt it.
     """
 
     views: Mapping[Task, TaskView]
@@ -44,6 +45,7 @@ class TaskBase:
     labels: tuple[str, ...]
     problem: Problem | None
     embedding: Rows
+    has_pooler: bool
     head: Head | None = None
 
 
@@ -72,6 +74,7 @@ def read_task_base(
         labels=tuple(str(config.id2label[i]) for i in sorted(config.id2label or {})),
         problem=None if problem is None else Problem(problem),
         embedding=embedding,
+        has_pooler=Task.CAUSAL_LM not in views and config.model_type != "modernbert",
     )
 
 
@@ -123,7 +126,7 @@ def lower_for(
             found=task.value,
             wanted=" or ".join(task.value for task in views),
         )
-    if task is Task.FEATURE_EXTRACTION and Task.CAUSAL_LM not in views:
+    if task is Task.FEATURE_EXTRACTION and base.has_pooler:
         check_pooler(checkpoint.config)
     prefix = view.prefix
     lowered = lower(checkpoint, view.modules, lambda name: parameter(f"{prefix}{name}"))

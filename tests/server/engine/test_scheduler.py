@@ -16,7 +16,7 @@ from manylora_testing.loading import Loading, key
 
 from manylora.errors import FailedPrecondition, ManyloraError
 from manylora.server.engine.blocks import BlockManager
-from manylora.server.engine.scheduler import MAX_OVERTAKES, Chunk, Scheduler
+from manylora.server.engine.scheduler import MAX_OVERTAKES, Chunk, Scheduler, take_turns
 from manylora.server.engine.sequence import Sequence
 from manylora.server.engine.types import (
     AdapterKey,
@@ -274,6 +274,20 @@ def test_tenants_take_turns(houses: list[House]) -> None:
     places = [house.finished.index(sequence) for sequence in others]
     assert max(places) < house.finished.index(many[4])
     assert house.finished.index(many[0]) < max(places)
+
+
+def test_turns_go_by_arrival(houses: list[House]) -> None:
+    """Whoever comes later goes before one only while its tenant has more running."""
+    house = House(sequences=2)
+    houses.append(house)
+    running, waiting = (house.add("", [i], 12) for i in range(2))
+    house.scheduler.running.append(running)
+    house.scheduler.waiting.remove(running)
+    younger = [house.add("a", [i], 4, f"tenant{i}") for i in range(3)]
+    take_turns(house.scheduler.waiting, [running], house.loading.manager)
+    assert list(house.scheduler.waiting) == [*younger, waiting]
+    take_turns(house.scheduler.waiting, [], house.loading.manager)
+    assert list(house.scheduler.waiting) == [waiting, *younger]
 
 
 def test_preempted_ones_go_on_where_they_were(houses: list[House]) -> None:
