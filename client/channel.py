@@ -7,6 +7,8 @@ from typing import Any
 
 import grpc
 
+from manylora.client.requests import utf8
+
 _OPTIONS = (
     ("grpc.max_receive_message_length", -1),
     # find a dead server: ping after a minute of silence in a call, wait 20 s for the answer
@@ -23,6 +25,7 @@ def open_channel(
 ) -> Any:
     """A channel of `kind`, grpc or grpc.aio; plain without root_certificates. Answers may have any
     size."""
+    target = utf8(target, "target")
     options = (*_OPTIONS, *options)
     if root_certificates is None:
         return kind.insecure_channel(target, options)

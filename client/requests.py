@@ -73,13 +73,13 @@ def adapter_reference(adapter: Adapter) -> str:
     Raises InvalidArgument for a mapping of none, which would be answered by the base.
     """
     if isinstance(adapter, str):
-        return _utf8(adapter, "adapter")
+        return utf8(adapter, "adapter")
     if not adapter:
         raise InvalidArgument(
             "empty", field="adapter", wanted='names and weights, or "" (the base)'
         )
     text = "+".join(f"{name}*{float(weight)!r}" for name, weight in adapter.items())
-    return _utf8(text, "adapter")
+    return utf8(text, "adapter")
 
 
 def pooling(name: Pooling | None) -> inference_pb2.Pooling:
@@ -122,7 +122,7 @@ def generate(
         "repetition_penalty": repetition_penalty,
         "presence_penalty": presence_penalty,
         "frequency_penalty": frequency_penalty,
-        "stop": (stop,) if isinstance(stop, str) else stop,
+        "stop": None if stop is None else _several(stop),
         "stop_token_ids": stop_token_ids,
         "ignore_eos": ignore_eos,
         "logprobs": logprobs,
@@ -142,11 +142,11 @@ def _checked(message: Callable[..., _Message], field: str, **values: object) -> 
     try:
         return message(**values)
     except (TypeError, ValueError) as error:
-        found = values.popitem()[1] if len(values) == 1 else None
+        found = ascii(values.popitem()[1]) if len(values) == 1 else None
         raise InvalidArgument(str(error), field=field, found=found) from None
 
 
-def _utf8(text: str, field: str) -> str:
+def utf8(text: str, field: str) -> str:
     """The text; raises InvalidArgument where it has none as UTF-8."""
     try:
         text.encode()
@@ -155,37 +155,42 @@ def _utf8(text: str, field: str) -> str:
     return text
 
 
+def _several(texts: Sequence[str] | str) -> Sequence[str]:
+    """A single text is no sequence of its letters."""
+    return (texts,) if isinstance(texts, str) else texts
+
+
 def resource_name(reference: str) -> str:
     """The resource name of "tenant/adapter[@version|:alias]"; the server checks its parts."""
-    reference = _utf8(reference, "name")
+    reference = utf8(reference, "name")
     mark = "@" if "@" in reference else ":"
     name, marked, version = reference.partition(mark)
     tenant, _, adapter = name.partition("/")
     return f"tenants/{tenant}/adapters/{adapter}" + (f"/versions/{version}" if marked else "")
 
 
-def publish_header(name: str, aliases: Sequence[str]) -> adapters_pb2.PublishHeader:
-    tenant, _, adapter = name.partition("/")
+def publish_header(name: str, aliases: Sequence[str] | str) -> adapters_pb2.PublishHeader:
+    tenant, _, adapter = utf8(name, "header.adapter_id").partition("/")
     return _checked(
         adapters_pb2.PublishHeader,
-        "header",
+        "header.aliases",
         parent=f"tenants/{tenant}",
         adapter_id=adapter,
-        aliases=aliases,
+        aliases=_several(aliases),
     )
 
 
 def import_adapter(
-    name: str, path: str, aliases: Sequence[str]
+    name: str, path: str, aliases: Sequence[str] | str
 ) -> adapters_pb2.ImportAdapterRequest:
-    tenant, _, adapter = name.partition("/")
+    tenant, _, adapter = utf8(name, "adapter_id").partition("/")
     return _checked(
         adapters_pb2.ImportAdapterRequest,
-        "request",
+        "path or aliases",
         parent=f"tenants/{tenant}",
         adapter_id=adapter,
         path=path,
-        aliases=aliases,
+        aliases=_several(aliases),
     )
 
 
@@ -195,11 +200,11 @@ def list_adapters(of: str, page_token: str) -> adapters_pb2.ListAdaptersRequest:
 
 
 def tenant_parent(tenant: str) -> str:
-    return f"tenants/{_utf8(tenant, 'tenant')}" if tenant else ""
+    return f"tenants/{utf8(tenant, 'tenant')}" if tenant else ""
 
 
 def upload(
-    name: str, directory: Path, aliases: Sequence[str]
+    name: str, directory: Path, aliases: Sequence[str] | str
 ) -> Iterator[adapters_pb2.PublishAdapterRequest]:
     """A checkpoint directory as PublishAdapter's messages.
 

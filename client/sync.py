@@ -243,7 +243,7 @@ class Client:
         return types.model_info(answer)
 
     def publish(
-        self, name: str, path: str | Path, aliases: Sequence[str] = ()
+        self, name: str, path: str | Path, aliases: Sequence[str] | str = ()
     ) -> types.AdapterVersion:
         """Uploads the PEFT checkpoint in the directory `path` as a version of "tenant/adapter"."""
         messages = requests.upload(name, Path(path), aliases)
@@ -252,7 +252,7 @@ class Client:
         return types.adapter_version(answer)
 
     def import_adapter(
-        self, name: str, path: str | Path, aliases: Sequence[str] = ()
+        self, name: str, path: str | Path, aliases: Sequence[str] | str = ()
     ) -> types.AdapterVersion:
         """Publishes the PEFT checkpoint in a directory of the server's machine."""
         request = requests.import_adapter(name, str(path), aliases)

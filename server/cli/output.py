@@ -15,6 +15,7 @@ from rich.text import Text
 
 from manylora.errors import ManyloraError
 
+_WIDEST = 1000  # columns of a table that no terminal shows
 _UNPRINTABLE = ("Cc", "Cs")  # Unicode's categories of control characters and surrogates
 
 
@@ -42,7 +43,7 @@ def _plain(value: object) -> object:
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Aligned columns; whole lines, however long, where the output is no terminal."""
-    console = Console(soft_wrap=not sys.stdout.isatty())
+    console = Console(width=None if sys.stdout.isatty() else _WIDEST)
     table = Table(*columns, box=None, pad_edge=False, show_header=any(columns))
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))

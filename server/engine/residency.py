@@ -268,6 +268,8 @@ class ResidencyManager:
         self._post(Loaded(key, result, time.monotonic() - start))
 
     def _fail(self, entry: _Entry, error: ManyloraError) -> None:
+        told = {"adapter": entry.key.label, "why": error}
+        logger.warning("an adapter was not loaded", extra=told)
         entry.stage, entry.error = _Stage.FAILED, error
         for waiter in entry.waiters:
             refuse(waiter, error)

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import aclosing, suppress
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from manylora.v1 import adapters_pb2_grpc as pb_grpc
 
 STORE_THREADS = 8
 COMMITS_AT_ONCE = 2  # each holds a thread that waits for another one: see _check
-MAX_UPLOADS = 64
+MAX_UPLOADS = 32  # of a tenant at once
 MOST_SILENCE = 60  # seconds between two messages of an upload
 DEFAULT_PAGE = 100
 MOST_PAGE = 1000
@@ -56,36 +57,42 @@ class AdapterService(pb_grpc.AdapterServiceServicer):
         self._import_roots = tuple(import_roots)
         self._threads = Threads(STORE_THREADS, "store")
         self._commits = asyncio.Semaphore(COMMITS_AT_ONCE)
-        self._uploads = 0
+        self._uploads: Counter[str] = Counter()  # under way, by tenant
 
     async def PublishAdapter(
         self, requests: AsyncIterator[pb.PublishAdapterRequest], context: Context
     ) -> pb.AdapterVersion:
-        if self._uploads >= MAX_UPLOADS:
-            raise ResourceExhausted(
-                "as many uploads at once as there may be",
-                field="uploads",
-                found=self._uploads,
-                retry_after=RETRY_SECONDS,
-            )
-        self._uploads += 1
-        try:
-            version = await self._upload(_lively(requests))
-        finally:
-            self._uploads -= 1
+        messages = _lively(requests)
+        header = await _read_header(messages)
+        name = _new_name(header.parent, header.adapter_id, header.aliases, "header.")
+        with self._counted(header.parent):
+            upload = self._store.begin_upload()  # not on a thread: a cancel must not lose it
+            try:
+                async for message in messages:
+                    chunk = _chunk(message)
+                    await self._threads.run(partial(upload.write, chunk.path, chunk.data))
+                version = await self._commit(upload, name, header.aliases)
+            finally:
+                await self._threads.run(upload.abort)
         return _version(version, await self._residencies())
 
-    async def _upload(self, requests: AsyncIterator[pb.PublishAdapterRequest]) -> AdapterVersion:
-        header = await _read_header(requests)
-        name = _new_name(header.parent, header.adapter_id, header.aliases, "header.")
-        upload = self._store.begin_upload()  # not on a thread: a cancel must not lose it
+    @contextmanager
+    def _counted(self, tenant: str) -> Iterator[None]:
+        """One of a tenant's uploads. Raises ResourceExhausted if it has as many as it may have."""
+        if self._uploads[tenant] >= MAX_UPLOADS:
+            raise ResourceExhausted(
+                "too many uploads of one tenant at once",
+                field="header.parent",
+                found=f"{self._uploads[tenant]} of {tenant}",
+                wanted=f"at most {MAX_UPLOADS}, and another try later",
+                retry_after=RETRY_SECONDS,
+            )
+        self._uploads[tenant] += 1
         try:
-            async for message in requests:
-                chunk = _chunk(message)
-                await self._threads.run(partial(upload.write, chunk.path, chunk.data))
-            return await self._commit(upload, name, header.aliases)
+            yield
         finally:
-            await self._threads.run(upload.abort)
+            self._uploads[tenant] -= 1
+            self._uploads += Counter()  # forgets those without any
 
     async def _commit(self, upload: Upload, name: str, aliases: Sequence[str]) -> AdapterVersion:
         async with self._commits:

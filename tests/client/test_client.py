@@ -290,7 +290,7 @@ def test_model_info(client: Any, server: Served) -> None:
 
 def test_adapters(client: Any, tenant: str, adapter_dirs: list[Path]) -> None:
     name = f"{tenant}/a"
-    first = client.publish(name, str(adapter_dirs[0]), aliases=["prod"])
+    first = client.publish(name, str(adapter_dirs[0]), aliases="prod")
     assert (first.adapter, first.version, first.peft_type, first.rank) == (
         f"{name}@1",
         1,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -15,8 +16,17 @@ from manylora_testing.adapters import tiny_lora
 from manylora_testing.models import tiny_model
 from manylora_testing.served import Served, eventually
 from manylora_testing.served_fixtures import LIMITS
-from manylora_testing.stubs import Stubs, chunk, refusal, refused_field, text_request, upload
+from manylora_testing.stubs import (
+    Stubs,
+    chunk,
+    explain,
+    refusal,
+    refused_field,
+    text_request,
+    upload,
+)
 
+from manylora.server.rpc.adapters import MAX_UPLOADS
 from manylora.v1 import adapters_pb2 as pb
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -215,6 +225,28 @@ def test_bad_names(stubs: Stubs, adapter_dirs: list[Path], server: Served, bad: 
         ):
             assert refused_field(lambda: call(request)).partition(" ")[0] == "name"  # noqa: B023
     assert kept(server) == before
+
+
+def test_a_tenants_uploads_at_once(stubs: Stubs, tenant: str, adapter_dirs: list[Path]) -> None:
+    """Are bounded, and leave others room."""
+    ended = threading.Event()
+
+    def stalled() -> Iterator[pb.PublishAdapterRequest]:
+        yield header(tenant)
+        ended.wait(60)
+
+    def refused() -> bool:
+        call = stubs.adapters.PublishAdapter.future(iter([header(tenant)]))
+        error = call.exception()
+        return explain(error)[0] == "RESOURCE_EXHAUSTED"
+
+    calls = [stubs.adapters.PublishAdapter.future(stalled()) for _ in range(MAX_UPLOADS)]
+    eventually(refused)
+    stubs.publish(f"tenants/{tenant}-other", "a", adapter_dirs[0])
+    ended.set()
+    for call in calls:
+        assert explain(call.exception())[0] == "INVALID_ARGUMENT"  # nothing came
+    stubs.publish(f"tenants/{tenant}", "a", adapter_dirs[0])
 
 
 def test_bad_uploads(stubs: Stubs, tenant: str, adapter_dirs: list[Path], server: Served) -> None:
