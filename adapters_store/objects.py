@@ -92,11 +92,9 @@ class Objects:
         if not _DIGEST.fullmatch(digest):
             raise InvalidArgument("not a digest", field="digest", found=ascii(digest))
         path = self._path(digest)
-        if not path.exists():
-            raise NotFound("no such object in the store", field="digest", found=digest)
         if self._is_whole(digest):
             return path
-        if not path.exists():  # detached just now
+        if not path.exists():
             raise NotFound("no such object in the store", field="digest", found=digest)
         raise DataLoss("stored bytes do not match their digest", field="digest", found=digest)
 

@@ -240,14 +240,14 @@ def take_turns(
     if len({sequence.tenant for sequence in waiting}) < 2:
         return
     taken = Counter(sequence.tenant for sequence in running)
-    turns: list[tuple[int, float, Sequence]] = []
+    turns: list[tuple[int, Sequence]] = []
     for sequence in sorted(waiting, key=lambda its: its.arrived):
         first = sequence.admitted is not None or residency.lacks_room(sequence.request.adapter)
-        turns.append((-1 if first else taken[sequence.tenant], sequence.arrived, sequence))
+        turns.append((-1 if first else taken[sequence.tenant], sequence))
         taken[sequence.tenant] += 1
-    turns.sort(key=lambda turn: turn[:2])
+    turns.sort(key=lambda turn: turn[0])  # equal turns stay as they are: by arrival
     waiting.clear()
-    waiting.extend(sequence for _, _, sequence in turns)
+    waiting.extend(sequence for _, sequence in turns)
 
 
 def take_failed(
