@@ -142,17 +142,18 @@ def _rms_norm(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> 
 
 
 def call_costs(budget: float) -> dict[str, float]:
-    """Microseconds of a call from Python with next to nothing to do, less those of a call that does
-    nothing, or of torch's that makes the output, where there is one."""
-    one = np.ones(1, np.int32)
-    batch = kernels.make_batch(one, one, np.zeros((1, 1), np.int32), BLOCK)
-    q, cache = torch.ones(1, 1, 2, dtype=DTYPE), torch.ones(1, 1, BLOCK, 2, dtype=DTYPE)
-    x, both = torch.ones(1, 2, dtype=DTYPE), torch.ones(1, 4, dtype=DTYPE)
-    plan = kernels.make_plan(np.zeros(1, np.int32))
+    """Microseconds of a call from Python that has no rows, or for edits a row whose adapter leaves
+    the module alone, less those of a call that does nothing, or of torch's that makes the output,
+    where there is one."""
+    none = np.zeros(0, np.int32)
+    batch = kernels.make_batch(none, none, np.zeros((0, 1), np.int32), BLOCK)
+    q, cache = torch.ones(0, 1, 2, dtype=DTYPE), torch.ones(1, 1, BLOCK, 2, dtype=DTYPE)
+    x, both = torch.ones(0, 2, dtype=DTYPE), torch.ones(0, 4, dtype=DTYPE)
+    row, plan = torch.ones(1, 2, dtype=DTYPE), kernels.make_plan(np.zeros(1, np.int32))
     group, table = kernels.SliceGroup.single(0, 2), kernels.EditTable(1, 1)
     weight = torch.ones(2, dtype=DTYPE)
     in_place: dict[str, Call] = {
-        "apply_edits_": lambda _: cpu.apply_edits_(x, x, group, x, table, plan),
+        "apply_edits_": lambda _: cpu.apply_edits_(row, row, group, row, table, plan),
         "write_kv": lambda _: cpu.write_kv(q, q, cache, cache, batch),
     }
     with_output: dict[str, Call] = {

@@ -1,7 +1,7 @@
 // The gated activations of a feed-forward layer: act(gate) * up of rows [gate, up].
 
+#include "kernels.h"
 #include "rows.h"
-#include "types.h"
 #include "vector_math.h"
 
 namespace manylora {

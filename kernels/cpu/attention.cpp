@@ -17,6 +17,7 @@
 // A long unit's splits can therefore be handed to different threads without a change in the bits.
 
 #include "attention_values.h"
+#include "kernels.h"
 
 namespace manylora {
 namespace MANYLORA_ISA {

@@ -1,4 +1,4 @@
-// The C view of a step's rows and of a KV cache; kernels/cpu/attention.py fills them.
+// The C view of a step's rows and of a KV cache; calls.cpp and Python fill them.
 
 #pragma once
 

@@ -2,28 +2,12 @@
 // Python in between, and in one parallel region.
 
 #include "decoder.h"
+#include "kernels.h"
 #include "parallel.h"
-#include "product.h"
 #include "rows.h"
-#include "types.h"
 
 namespace manylora {
 namespace MANYLORA_ISA {
-
-void apply_edits(void* y, int64_t y_stride, const void* x, int64_t x_stride, int64_t in,
-                 int32_t dtype, const void* pool, const int32_t* group, const void* table,
-                 const int32_t* plan);
-void rotary_write_kv(void* qkv, int64_t stride, const void* cos, const void* sin, int64_t half,
-                     void* k_cache, void* v_cache, const Batch* batch, const AttentionLayer* layer);
-void paged_attention(void* out, const void* q, int64_t q_row_stride, int64_t q_head_stride,
-                     const void* k_cache, const void* v_cache, const Batch* batch,
-                     const AttentionLayer* layer);
-void rms_norm(void* out, const void* x, int64_t x_stride, void* residual, const void* weight,
-              int64_t rows, int64_t size, float eps, float offset, int64_t dtype);
-void rms_norm_heads(void* x, int64_t x_stride, const void* weight, int64_t rows, int64_t heads,
-                    int64_t head_dim, float eps, float offset, int64_t dtype);
-void act_mul(void* out, const void* x, int64_t x_stride, int64_t rows, int64_t size,
-             int64_t activation, int64_t dtype);
 
 namespace {
 

@@ -177,8 +177,13 @@ def _widths(layer: DecoderLayer) -> tuple[int, ...]:
             raise ValueError(f"decoder_layers: found {projection.group}; wanted its columns")
     for norm, size in zip(layer.norms, (*[hidden] * 4, *[call.head_dim] * 2), strict=True):
         _check(norm, size)
-    if not layer.k_cache.is_contiguous() or not layer.v_cache.is_contiguous():
-        raise ValueError("decoder_layers: found caches with gaps; wanted contiguous ones")
+    block = (call.kv_heads, call.block_size, call.head_dim)
+    for cache in (layer.k_cache, layer.v_cache):
+        if cache.dtype != torch.bfloat16 or cache.shape[1:] != block or not cache.is_contiguous():
+            raise ValueError(
+                f"decoder_layers: found {library.describe(cache=cache)}; wanted contiguous "
+                f"bfloat16 [blocks, {', '.join(map(str, block))}]"
+            )
     return hidden, hidden, qkv.out_size, o.in_size, gate_up.out_size, down.in_size
 
 

@@ -1,9 +1,10 @@
 // The C ABI: which ISAs this machine has, which one is in use, and one entry for each kernel.
 //
 // A new kernel adds its signature below with MANYLORA_KERNEL, defines a function of that name in
-// namespace manylora::MANYLORA_ISA in its own source, and lists the source in CMakeLists.txt. Its
-// entry takes the arguments packed, 8 bytes each: an integer as int64_t, an address, a float as
-// double.
+// namespace manylora::MANYLORA_ISA in its own source or, given tensors, in calls.cpp, and lists the
+// source in CMakeLists.txt. Its entry takes the arguments packed, 8 bytes each: an integer as
+// int64_t, an address, a tensor as the address of its TensorImpl, a float as double. It returns
+// whether the arguments fit each other.
 
 #include <stdint.h>
 #include <string.h>
@@ -20,64 +21,71 @@
 #include "attention.h"
 #include "decoder.h"
 #include "parallel.h"
+#include "tensor.h"
 #include "types.h"
 
 #define MANYLORA_EXPORT extern "C" __attribute__((visibility("default")))
 
 #if defined(MANYLORA_X86)
 #define MANYLORA_BEST(name) {generic::name, avx2::name, avx512bf16::name, amx::name}
-#define MANYLORA_DECLARE(name, parameters) \
-  namespace generic { void name parameters; } \
-  namespace avx2 { void name parameters; } \
-  namespace avx512bf16 { void name parameters; } \
-  namespace amx { void name parameters; }
+#define MANYLORA_DECLARE(result, name, parameters) \
+  namespace generic { result name parameters; } \
+  namespace avx2 { result name parameters; } \
+  namespace avx512bf16 { result name parameters; } \
+  namespace amx { result name parameters; }
 #else
 #define MANYLORA_BEST(name) {generic::name}
-#define MANYLORA_DECLARE(name, parameters) \
-  namespace generic { void name parameters; }
+#define MANYLORA_DECLARE(result, name, parameters) \
+  namespace generic { result name parameters; }
 #endif
 
-#define MANYLORA_KERNEL(name, parameters) \
+#define MANYLORA_KERNEL(result, name, parameters) \
   namespace manylora { \
-  MANYLORA_DECLARE(name, parameters) \
-  static void(*const name##_isas[]) parameters = MANYLORA_BEST(name); \
+  MANYLORA_DECLARE(result, name, parameters) \
+  static result(*const name##_isas[]) parameters = MANYLORA_BEST(name); \
   } \
-  MANYLORA_EXPORT void manylora_##name(const char* packed) { \
-    manylora::call(manylora::name##_isas[manylora::isa], packed); \
+  MANYLORA_EXPORT bool manylora_##name(const char* packed) { \
+    return manylora::call(manylora::name##_isas[manylora::isa], packed); \
   }
 
 namespace manylora {
 
-template <class A>
-struct Packed {
-  static_assert(std::is_integral<A>::value);
-  using type = int64_t;
-};
-template <class A>
-struct Packed<A*> {
-  using type = A*;
-};
-template <>
-struct Packed<float> {
-  using type = double;
-};
+static TensorFunctions tensor_functions = {};
+
+template <class T>
+static T word(const char* packed) {
+  T value;
+  static_assert(sizeof value == 8);
+  memcpy(&value, packed, sizeof value);
+  return value;
+}
 
 template <class A>
 static A argument(const char* packed) {
-  typename Packed<A>::type value;
-  static_assert(sizeof value == 8);
-  memcpy(&value, packed, sizeof value);
-  return static_cast<A>(value);
+  if constexpr (std::is_same_v<A, Tensor>) {
+    return read_tensor(tensor_functions, word<const void*>(packed));
+  } else if constexpr (std::is_same_v<A, float>) {
+    return static_cast<float>(word<double>(packed));
+  } else if constexpr (std::is_pointer_v<A>) {
+    return word<A>(packed);
+  } else {
+    return static_cast<A>(word<int64_t>(packed));
+  }
 }
 
-template <class... A, size_t... I>
-static void call(void (*kernel)(A...), const char* packed, std::index_sequence<I...>) {
-  kernel(argument<A>(packed + 8 * I)...);
+template <class R, class... A, size_t... I>
+static bool call(R (*kernel)(A...), const char* packed, std::index_sequence<I...>) {
+  if constexpr (std::is_same_v<R, bool>) {
+    return kernel(argument<A>(packed + 8 * I)...);
+  } else {
+    kernel(argument<A>(packed + 8 * I)...);
+    return true;
+  }
 }
 
-template <class... A>
-static void call(void (*kernel)(A...), const char* packed) {
-  call(kernel, packed, std::index_sequence_for<A...>());
+template <class R, class... A>
+static bool call(R (*kernel)(A...), const char* packed) {
+  return call(kernel, packed, std::index_sequence_for<A...>());
 }
 
 Pool pool = {nullptr, nullptr};
@@ -135,62 +143,63 @@ MANYLORA_EXPORT void manylora_set_pool(manylora::ParallelFor parallel_for,
   manylora::pool = {parallel_for, thread_count};
 }
 
-MANYLORA_KERNEL(apply_edits,
-                (void* y, int64_t y_stride, const void* x, int64_t x_stride, int64_t in,
-                 int32_t dtype, const void* pool, const int32_t* group, const void* table,
-                 const int32_t* plan))
+MANYLORA_EXPORT void manylora_set_tensor_functions(const manylora::TensorFunctions* functions) {
+  manylora::tensor_functions = *functions;
+}
 
-MANYLORA_KERNEL(scale_rows,
-                (void* out, const void* x, int64_t x_stride, int64_t in, int32_t dtype,
-                 const void* pool, int32_t module, const void* table, const int32_t* plan))
+// Where a tensor's elements begin.
+MANYLORA_EXPORT const void* manylora_data(const void* impl) {
+  return manylora::read_tensor(manylora::tensor_functions, impl).data;
+}
 
-MANYLORA_KERNEL(pack,
+MANYLORA_KERNEL(bool, apply_edits,
+                (Tensor y, Tensor x, Tensor pool, int64_t rows, int64_t columns,
+                 const int32_t* group, const void* table, const int32_t* plan))
+
+MANYLORA_KERNEL(bool, scale_rows,
+                (Tensor out, Tensor x, Tensor pool, int64_t rows, int64_t module,
+                 const void* table, const int32_t* plan))
+
+MANYLORA_KERNEL(bool, linear, (Tensor y, Tensor x, Tensor panels, Tensor bias))
+
+MANYLORA_KERNEL(bool, attention_layer,
+                (AttentionLayer* layer, int64_t heads, Tensor k_cache, Tensor v_cache,
+                 Tensor slopes, Tensor sinks, int64_t window, float scale, float softcap))
+
+MANYLORA_KERNEL(bool, paged_attention,
+                (Tensor out, Tensor q, Tensor k_cache, Tensor v_cache, const Batch* batch,
+                 Tensor slopes, Tensor sinks, int64_t window, float scale, float softcap))
+
+MANYLORA_KERNEL(bool, write_kv,
+                (Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, const Batch* batch))
+
+MANYLORA_KERNEL(bool, rotary_write_kv,
+                (Tensor qkv, Tensor cos, Tensor sin, Tensor k_cache, Tensor v_cache,
+                 const Batch* batch))
+
+MANYLORA_KERNEL(bool, rms_norm,
+                (Tensor out, Tensor x, Tensor residual, Tensor weight, float eps, float offset))
+
+MANYLORA_KERNEL(bool, layer_norm,
+                (Tensor out, Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps))
+
+MANYLORA_KERNEL(bool, act_mul, (Tensor out, Tensor x, int64_t activation))
+
+MANYLORA_KERNEL(void, pack,
                 (void* buffer, int64_t dtype, void* matrices, int64_t count, int64_t* end))
 
-MANYLORA_KERNEL(paged_attention,
-                (void* out, const void* q, int64_t q_row_stride, int64_t q_head_stride,
-                 const void* k_cache, const void* v_cache, const manylora::Batch* batch,
-                 const manylora::AttentionLayer* layer))
-
-MANYLORA_KERNEL(write_kv,
-                (const void* k, int64_t k_row_stride, int64_t k_head_stride, const void* v,
-                 int64_t v_row_stride, int64_t v_head_stride, void* k_cache, void* v_cache,
-                 const manylora::Batch* batch, const manylora::AttentionLayer* layer))
-
-MANYLORA_KERNEL(rotary_write_kv,
-                (void* qkv, int64_t stride, const void* cos, const void* sin, int64_t half,
-                 void* k_cache, void* v_cache, const manylora::Batch* batch,
-                 const manylora::AttentionLayer* layer))
-
-MANYLORA_KERNEL(rms_norm,
-                (void* out, const void* x, int64_t x_stride, void* residual, const void* weight,
-                 int64_t rows, int64_t size, float eps, float offset, int64_t dtype))
-
-MANYLORA_KERNEL(layer_norm,
-                (void* out, const void* x, int64_t x_stride, void* residual, const void* weight,
-                 const void* bias, int64_t rows, int64_t size, float eps, int64_t dtype))
-
-MANYLORA_KERNEL(act_mul,
-                (void* out, const void* x, int64_t x_stride, int64_t rows, int64_t size,
-                 int64_t activation, int64_t dtype))
-
-MANYLORA_KERNEL(add_low_rank,
+MANYLORA_KERNEL(void, add_low_rank,
                 (void* y, int64_t y_stride, const void* x, int64_t x_stride, const void* a,
                  const void* bt, int64_t in, int64_t out, float* hidden, int64_t slots,
                  int64_t max_rank, const int32_t* starts, const float* scale, const int32_t* plan,
                  int64_t dtype, int64_t factor_dtype))
 
-MANYLORA_KERNEL(low_rank_backward,
+MANYLORA_KERNEL(void, low_rank_backward,
                 (void* dx, int64_t dx_stride, void* da, void* dbt, const void* dy,
                  int64_t dy_stride, const void* x, int64_t x_stride, const void* a, const void* bt,
                  int64_t in, int64_t out, float* hidden, int64_t slots, int64_t max_rank,
                  const int32_t* starts, const float* scale, const int32_t* plan, int64_t dtype,
                  int64_t factor_dtype))
 
-MANYLORA_KERNEL(linear,
-                (void* y, int64_t y_stride, const void* x, int64_t x_stride, int64_t rows,
-                 const void* weight, const void* bias, int64_t in, int64_t out))
-
-MANYLORA_KERNEL(decoder_layers,
-                (const manylora::DecoderStep* step, const manylora::DecoderLayer* layers,
-                 int64_t count))
+MANYLORA_KERNEL(void, decoder_layers,
+                (const DecoderStep* step, const DecoderLayer* layers, int64_t count))

@@ -13,6 +13,7 @@
 #include <stdlib.h>
 
 #include "expand.h"
+#include "kernels.h"
 #include "parallel.h"
 #include "shrink.h"
 #if defined(__AMX_BF16__)
@@ -259,7 +260,7 @@ void run(const Tensors<T>& t, const Group& group, const Table& table, const Plan
 }
 
 template <class T>
-void scale_rows_of(T* out, const T* x, int64_t x_stride, int64_t in, const T* pool, int32_t module,
+void scale_rows_of(T* out, const T* x, int64_t x_stride, int64_t in, const T* pool, int64_t module,
                    const Table& table, const Plan& plan) {
   for (int64_t s = 0; s < plan.segments; ++s) {
     const int64_t entry = plan.slots[s] * table.modules + module;
@@ -277,9 +278,8 @@ void scale_rows_of(T* out, const T* x, int64_t x_stride, int64_t in, const T* po
 
 }  // namespace
 
-// y [rows, out] in place and x [rows, in], strides in elements; see kernels/reference.py.
 void apply_edits(void* y, int64_t y_stride, const void* x, int64_t x_stride, int64_t in,
-                 int32_t dtype, const void* pool, const int32_t* group, const void* table,
+                 int64_t dtype, const void* pool, const int32_t* group, const void* table,
                  const int32_t* plan) {
   with_type(dtype, [&](auto t) {
     using T = decltype(t);
@@ -289,9 +289,8 @@ void apply_edits(void* y, int64_t y_stride, const void* x, int64_t x_stride, int
   });
 }
 
-// out [rows, in] contiguous = in_scale * x for the rows that have one; the others are not written.
-void scale_rows(void* out, const void* x, int64_t x_stride, int64_t in, int32_t dtype,
-                const void* pool, int32_t module, const void* table, const int32_t* plan) {
+void scale_rows(void* out, const void* x, int64_t x_stride, int64_t in, int64_t dtype,
+                const void* pool, int64_t module, const void* table, const int32_t* plan) {
   with_type(dtype, [&](auto t) {
     using T = decltype(t);
     scale_rows_of(static_cast<T*>(out), static_cast<const T*>(x), x_stride, in,

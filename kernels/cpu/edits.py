@@ -8,10 +8,8 @@ from manylora.kernels.cpu import library
 from manylora.kernels.plan import Plan
 from manylora.kernels.table import EditTable, SliceGroup
 
-_DTYPES = library.DTYPES
-
-_apply = library.kernel("apply_edits", "10q")
-_scale_rows = library.kernel("scale_rows", "9q")
+_apply = library.kernel("apply_edits", "8q")
+_scale_rows = library.kernel("scale_rows", "7q")
 
 
 def apply_edits_(
@@ -29,35 +27,21 @@ def apply_edits_(
     """
     if plan.edited == 0:
         return
-    rows, in_size = x.shape
-    y_rows, out_size = y.shape
-    x_stride, x_step = x.stride()
-    y_stride, y_step = y.stride()
-    dtype = x.dtype
     if (
-        rows != plan.rows
-        or y_rows != rows
-        or out_size < group.end
-        or x_step != 1
-        or y_step != 1
-        or y.dtype != dtype
-        or pool.dtype != dtype
-        or plan.max_slot >= table.slots
+        plan.max_slot >= table.slots
         or group.max_module >= table.modules
+        or not _apply(
+            y._cdata,
+            x._cdata,
+            pool._cdata,
+            plan.rows,
+            group.end,
+            group.address,
+            table.address,
+            plan.address,
+        )
     ):
         raise _misfit(y, x, group, pool, table, plan)
-    _apply(
-        y.data_ptr(),
-        y_stride,
-        x.data_ptr(),
-        x_stride,
-        in_size,
-        _DTYPES[dtype],
-        pool.data_ptr(),
-        group.address,
-        table.address,
-        plan.address,
-    )
 
 
 def scale_inputs(
@@ -72,25 +56,22 @@ def scale_inputs(
         return x
     if len(group.modules) > 1:
         raise ValueError(f"group: found in_scale among the modules {group.modules}; wanted one")
-    rows, in_size = x.shape
-    fits = rows == plan.rows and x.stride(1) == 1 and pool.dtype == x.dtype
-    if not fits or plan.max_slot >= table.slots:
-        raise _misfit(x, x, group, pool, table, plan)
     module = group.modules[0]
+    if plan.max_slot >= table.slots or x.shape[0] != plan.rows:
+        raise _misfit(x, x, group, pool, table, plan)
     if not table.in_scaled[plan.slots, module].any():
         return x
     scaled = x.clone(memory_format=torch.contiguous_format)
-    _scale_rows(
-        scaled.data_ptr(),
-        x.data_ptr(),
-        x.stride(0),
-        in_size,
-        _DTYPES[x.dtype],
-        pool.data_ptr(),
+    if not _scale_rows(
+        scaled._cdata,
+        x._cdata,
+        pool._cdata,
+        plan.rows,
         module,
         table.address,
         plan.address,
-    )
+    ):
+        raise _misfit(x, x, group, pool, table, plan)
     return scaled
 
 
@@ -105,7 +86,6 @@ def _misfit(
     return ValueError(
         "apply_edits_: wanted x [rows, in] and y [rows, out] with contiguous rows, one dtype with "
         "the pool, rows as in the plan, columns, modules and slots that exist; "
-        f"found y {tuple(y.shape)} {y.stride()} {y.dtype}, x {tuple(x.shape)} {x.stride()} "
-        f"{x.dtype}, pool {pool.dtype}, plan of {plan.rows} rows and slots to {plan.max_slot}, "
-        f"table of {table.slots} slots and {table.modules} modules, {group}"
+        f"found {library.describe(y=y, x=x, pool=pool)}, plan of {plan.rows} rows and slots to "
+        f"{plan.max_slot}, table of {table.slots} slots and {table.modules} modules, {group}"
     )

@@ -13,6 +13,9 @@ namespace {
 
 constexpr int64_t kBlock = 64;  // outputs of a block of packed B; the last one may have 16, 32, 48
 constexpr int64_t kUnit = 16;   // the outputs of a block are a multiple of this
+// Columns that are gone through for one tile of rows after the other: y is met in the order of
+// memory for a while, and a B of rank 16 or 32 still lies in the core's first cache.
+constexpr int64_t kRun = 512;
 
 // One vector of a row's slice; `n` is given where it has less than kLanes columns.
 template <class T, class... N>
@@ -62,20 +65,19 @@ void expand_tile(const Tensors<T>& t, const Job<T>& job, int64_t row, int64_t co
   }
 }
 
-// `width` columns of every row, a block of B or what is left of one: C vectors at a time for a
-// tile of rows, C1 for a row that is left over.
-template <class T, int C, int C1>
-void expand_block(const Tensors<T>& t, const Job<T>& job, int64_t column, int64_t width) {
-  const T* b = job.b + column * job.padded_rank;
-  int64_t row = 0;
-  for (; row + kTileRows <= job.row_count; row += kTileRows) {
-    for (int64_t c = 0; c < width; c += C * kLanes) {
-      expand_tile<T, kTileRows, C>(t, job, row, column + c, b + c * kDepth<T>, width);
+// Columns [begin, end) of R rows, `begin` at a block's start: C vectors at a time.
+template <class T, int R, int C>
+void expand_rows(const Tensors<T>& t, const Job<T>& job, int64_t row, int64_t begin, int64_t end) {
+  for (int64_t column = begin; column < end; column += kBlock) {
+    const int64_t left = (end - column + kUnit - 1) / kUnit * kUnit;
+    const int64_t width = left < kBlock ? left : kBlock;
+    const T* b = job.b + column * job.padded_rank;
+    int64_t c = 0;
+    for (; c + C * kLanes <= width; c += C * kLanes) {
+      expand_tile<T, R, C>(t, job, row, column + c, b + c * kDepth<T>, width);
     }
-  }
-  for (; row < job.row_count; ++row) {
-    for (int64_t c = 0; c < width; c += C1 * kLanes) {
-      expand_tile<T, 1, C1>(t, job, row, column + c, b + c * kDepth<T>, width);
+    for (; c < width; c += kUnit) {
+      expand_tile<T, R, kUnit / kLanes>(t, job, row, column + c, b + c * kDepth<T>, width);
     }
   }
 }
@@ -83,13 +85,14 @@ void expand_block(const Tensors<T>& t, const Job<T>& job, int64_t column, int64_
 // Columns [begin, end) of the slice, `begin` at a block's start.
 template <class T>
 void expand(const Tensors<T>& t, const Job<T>& job, int64_t begin, int64_t end) {
-  constexpr int kAll = kBlock / kLanes, kSome = kUnit / kLanes;
-  int64_t column = begin;
-  for (; column + kBlock <= end; column += kBlock) {
-    expand_block<T, 4, kAll < 8 ? kAll : 8>(t, job, column, kBlock);
-  }
-  if (column < end) {
-    expand_block<T, kSome, kSome>(t, job, column, (end - column + kUnit - 1) / kUnit * kUnit);
+  constexpr int kAll = kBlock / kLanes < 8 ? kBlock / kLanes : 8;
+  for (int64_t column = begin, next; column < end; column = next) {
+    next = column + kRun < end ? column + kRun : end;
+    int64_t row = 0;
+    for (; row + kTileRows <= job.row_count; row += kTileRows) {
+      expand_rows<T, kTileRows, 4>(t, job, row, column, next);
+    }
+    for (; row < job.row_count; ++row) expand_rows<T, 1, kAll>(t, job, row, column, next);
   }
 }
 

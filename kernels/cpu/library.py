@@ -16,8 +16,15 @@ from pathlib import Path
 
 import torch
 
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-"""How a call names its tensors' type (`DType` in types.h)."""
+DTYPES = {torch.float16: 5, torch.float32: 6, torch.bfloat16: 15}
+"""How a call names a type (`DType` in types.h)."""
+
+# Of libtorch's C functions: `Pool` in parallel.h, `TensorFunctions` in tensor.h.
+_POOL = ("torch_parallel_for", "torch_get_num_threads")
+_TENSOR_FUNCTIONS = tuple(
+    f"aoti_torch_get_{what}"
+    for what in ("data_ptr", "dim", "sizes", "strides", "dtype", "device_type")
+)
 
 _PATH = Path(__file__).with_name("libmanylora_cpu.so")
 
@@ -27,13 +34,22 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     try:
         library = ctypes.CDLL(str(_PATH))
         torch_library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-        pool = (torch_library.torch_parallel_for, torch_library.torch_get_num_threads)
+        library.manylora_set_pool(*_functions(torch_library, *_POOL))
+        functions = _functions(torch_library, *_TENSOR_FUNCTIONS)
     except (OSError, AttributeError) as error:
         return None, f"the C++ kernels were not built or cannot be loaded ({error})"
+    library.manylora_set_tensor_functions((ctypes.c_void_p * len(functions))(*functions))
+    library.manylora_data.argtypes = (ctypes.c_void_p,)
+    library.manylora_data.restype = ctypes.c_void_p
     library.manylora_isa_name.restype = ctypes.c_char_p
-    library.manylora_set_pool.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
-    library.manylora_set_pool(*(ctypes.cast(part, ctypes.c_void_p) for part in pool))
+    probe = torch.ones(1, device="cpu")
+    if library.manylora_data(probe._cdata) != probe.data_ptr():
+        return None, f"the C++ kernels cannot read tensors of torch {torch.__version__}"
     return library, ""
+
+
+def _functions(library: ctypes.CDLL, *names: str) -> list[ctypes.c_void_p]:
+    return [ctypes.cast(getattr(library, name), ctypes.c_void_p) for name in names]
 
 
 _library, _reason = _load()
@@ -72,28 +88,39 @@ def current_isa() -> str:
     return _built_isas()[index]
 
 
-def kernel(name: str, layout: str) -> Callable[..., None]:
-    """The C function manylora_`name`; where there is no library, one that raises RuntimeError.
+def kernel(name: str, layout: str) -> Callable[..., bool]:
+    """The C function manylora_`name`, which returns whether its arguments fit each other; where
+    there is no library, one that raises RuntimeError.
 
-    Its arguments go packed into 8 bytes each: ctypes takes twice as long for ten of its own.
+    They go packed into 8 bytes each: ctypes takes twice as long for ten of its own.
 
     Args:
-        layout: as `struct` writes it, q for an integer or an address (0: null), d for a float.
+        layout: as `struct` writes it, d for a float, q for all else: an integer, an address, a
+            tensor's `_cdata` (0: null, None).
     """
     if _library is None:
         return _unavailable
     function = getattr(_library, f"manylora_{name}")
-    function.argtypes = (ctypes.c_char_p,)
-    function.restype = None
+    function.restype = ctypes.c_bool
     pack = struct.Struct(layout).pack
 
-    def call(*arguments: float) -> None:
-        function(pack(*arguments))
+    def call(*arguments: float) -> bool:
+        fits: bool = function(pack(*arguments))
+        return fits
 
     return call
 
 
-def _unavailable(*_: object) -> None:
+def describe(**tensors: torch.Tensor | None) -> str:
+    """What tensors that do not fit each other are, in words."""
+    return ", ".join(
+        f"{name} {t.device} {t.dtype} {tuple(t.shape)} {t.stride()}"
+        for name, t in tensors.items()
+        if t is not None
+    )
+
+
+def _unavailable(*_: object) -> bool:
     raise RuntimeError(_reason)
 
 

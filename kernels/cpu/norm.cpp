@@ -4,8 +4,8 @@
 // that the result is a function of the stream that the next layer sees. All in float32, rounded
 // once. A row stays in the first-level cache over its passes.
 
+#include "kernels.h"
 #include "rows.h"
-#include "types.h"
 
 namespace manylora {
 namespace MANYLORA_ISA {
@@ -90,7 +90,6 @@ void rms_norm(void* out, const void* x, int64_t x_stride, void* residual, const 
   });
 }
 
-// x [rows, heads, head_dim] in place, each head by itself; x_stride: of a row.
 void rms_norm_heads(void* x, int64_t x_stride, const void* weight, int64_t rows, int64_t heads,
                     int64_t head_dim, float eps, float offset, int64_t dtype) {
   with_type(dtype, [&](auto t) {

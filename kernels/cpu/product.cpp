@@ -10,7 +10,7 @@
 // An element of y is one accumulator's sum over ascending inputs, whatever the number of rows and
 // threads, so a row's bits do not depend on its neighbours.
 
-#include "product.h"
+#include "kernels.h"
 #include "rows.h"
 #if defined(__AMX_BF16__)
 #include "amx.h"

@@ -10,7 +10,7 @@ from manylora.kernels.cpu.memory import HugeArena
 _PANEL = 16
 _DEPTH = 32
 
-_linear = library.kernel("linear", "9q")
+_linear = library.kernel("linear", "4q")
 
 
 class PackedWeight:
@@ -68,26 +68,11 @@ def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = No
     Raises:
         ValueError: tensors that do not fit each other.
     """
-    rows, in_size = x.shape
-    stride, step = x.stride()
-    out_size = weight.out_size
-    fits = bias is None or (bias.dtype == torch.bfloat16 and bias.shape == (out_size,))
-    if x.dtype != torch.bfloat16 or in_size != weight.in_size or step != 1 or not fits:
+    y = x.new_empty(x.shape[0], weight.out_size)
+    shift = 0 if bias is None else bias._cdata
+    if not _linear(y._cdata, x._cdata, weight.panels._cdata, shift):
         raise ValueError(
             f"linear: wanted x bfloat16 [rows, {weight.in_size}] with contiguous rows and a bias "
-            f"bfloat16 [{out_size}]; found x {tuple(x.shape)} {x.stride()} {x.dtype}, "
-            f"bias {None if bias is None else (tuple(bias.shape), bias.dtype)}"
+            f"bfloat16 [{weight.out_size}], contiguous; found {library.describe(x=x, bias=bias)}"
         )
-    y = x.new_empty(rows, out_size)
-    _linear(
-        y.data_ptr(),
-        out_size,
-        x.data_ptr(),
-        stride,
-        rows,
-        weight.panels.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        in_size,
-        out_size,
-    )
     return y

@@ -2,8 +2,8 @@
 // copied beside it. Dimension i of a head is rotated with dimension i + half; the rest is kept.
 
 #include "attention_layout.h"
+#include "kernels.h"
 #include "rows.h"
-#include "types.h"
 
 namespace manylora {
 namespace MANYLORA_ISA {

@@ -1,4 +1,4 @@
-// Element types of tensors, and how Python names them in a call.
+// Element types of tensors, and how they are named in a call.
 
 #pragma once
 
@@ -13,7 +13,7 @@ struct f16 {
   uint16_t bits;
 };
 
-// The codes of kernels/cpu/library.py.
-enum DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+// torch's own codes (c10/core/ScalarType.h), and so of kernels/cpu/library.py.
+enum DType : int32_t { kFloat16 = 5, kFloat32 = 6, kBFloat16 = 15 };
 
 }  // namespace manylora

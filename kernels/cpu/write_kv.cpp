@@ -1,6 +1,7 @@
 // Writes a step's keys and values into the paged cache.
 
 #include "attention_layout.h"
+#include "kernels.h"
 #include "parallel.h"
 
 namespace manylora {

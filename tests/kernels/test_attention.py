@@ -279,7 +279,7 @@ def test_misfits_are_refused(kernels: Backend) -> None:
     for tensors in wrong:
         with pytest.raises(ValueError, match="attention: wanted"):
             kernels.paged_attention(*tensors, batch, scale=1.0)
-    with pytest.raises(ValueError, match="sinks: found"):
+    with pytest.raises(ValueError, match="sinks"):
         kernels.paged_attention(q, k_cache, v_cache, batch, scale=1.0, sinks=torch.zeros(3))
     for keys, values in ((k[:1], k[:1]), (q, q), (k.half(), k), (k, k[..., :4])):
         with pytest.raises(ValueError, match="attention: wanted"):

@@ -37,7 +37,7 @@ def layer(**sizes: tuple[int, int]) -> cpu.DecoderLayer:
         [norm, None, norm, None, None, None],
         cache,
         cache.clone(),
-        attention.layer(HEADS, HEAD_DIM, cache.shape, cache.shape, (cache.dtype,) * 3),
+        attention.layer(HEADS, cache, cache, scale=1.0),
     )
 
 

@@ -79,10 +79,13 @@ class Shared:
         flat.copy_(tensor.flatten())
         return flat.view(tensor.shape)
 
-    def argument(self, value: Any) -> Any:
-        """An argument of a kernel; what lies elsewhere, a plan or a structure, is copied."""
+    def argument(self, value: Any, tensors: dict[int, torch.Tensor]) -> Any:
+        """An argument of a kernel as the other process gets it: of a tensor, by its `_cdata`, its
+        facts (call_kernels.cpp); what lies elsewhere, a plan or a structure, is copied."""
         if isinstance(value, float):
             return value
+        if value in tensors:
+            return self.facts(tensors[value])
         number = int(value or 0)
         if number < 1 << 32 or self.ADDRESS <= number < self.ADDRESS + self.SIZE:
             return number
@@ -90,6 +93,12 @@ class Shared:
         address = self._room(size)
         ctypes.memmove(address, number, size)
         return address
+
+    def facts(self, tensor: torch.Tensor) -> int:
+        padding = [0] * (4 - tensor.ndim)
+        sizes, strides = [*tensor.shape, *padding], [*tensor.stride(), *padding]
+        head = [tensor.data_ptr(), library.DTYPES[tensor.dtype], tensor.ndim]
+        return self.put(torch.tensor([*head, *sizes, *strides])).data_ptr()
 
     def close(self) -> None:
         self._unmap()
@@ -101,7 +110,8 @@ class Shared:
         return self.ADDRESS + start
 
 
-Call = tuple[str, Callable[..., None], list[Any]]
+Call = tuple[str, Callable[..., bool], list[Any], list[Any]]
+"""A kernel's name; itself, its arguments here; its arguments in the other process."""
 KERNELS = (
     *((edits, "_apply", "apply_edits"), (edits, "_scale_rows", "scale_rows")),
     *((attention, "_attend", "paged_attention"), (attention, "_write", "write_kv")),
@@ -116,20 +126,33 @@ KERNELS = (
 def calls(monkeypatch: pytest.MonkeyPatch, shared: Shared) -> list[Call]:
     """The calls of C++ that would be made; results and scratch lie in shared memory."""
     made: list[Call] = []
+    tensors: dict[int, torch.Tensor] = {}  # by `_cdata`; alive, so that no other gets the same
+    cdata = torch._C.TensorBase._cdata
+
+    def remember(tensor: torch.Tensor) -> int:
+        address = cdata.__get__(tensor)
+        tensors[address] = tensor
+        return int(address)
+
     for module, attribute, name in KERNELS:
         kernel = getattr(module, attribute)
 
-        def record(*args: Any, name: str = name, kernel: Callable[..., None] = kernel) -> None:
-            made.append((name, kernel, [shared.argument(arg) for arg in args]))
+        def record(*args: Any, name: str = name, kernel: Callable[..., bool] = kernel) -> bool:
+            there = [shared.argument(arg, tensors) for arg in args]
+            pairs = zip(args, there, strict=True)
+            here = [a if a in tensors else b for a, b in pairs]
+            made.append((name, kernel, here, there))
+            return True
 
         monkeypatch.setattr(module, attribute, record)
+    monkeypatch.setattr(torch.Tensor, "_cdata", property(remember), raising=False)
     empty, new_empty, clone = torch.empty, torch.Tensor.new_empty, torch.Tensor.clone
     monkeypatch.setattr(torch, "empty", lambda *a, **k: shared.put(empty(*a, **k).fill_(7)))
     monkeypatch.setattr(
         torch.Tensor, "new_empty", lambda x, *a, **k: shared.put(new_empty(x, *a, **k).fill_(7))
     )
     monkeypatch.setattr(
-        torch, "empty_like", lambda like: shared.put(empty(like.shape, dtype=like.dtype).fill_(7))
+        torch, "empty_like", lambda x, **_: shared.put(empty(x.shape, dtype=x.dtype).fill_(7))
     )
     monkeypatch.setattr(torch.Tensor, "clone", lambda x, **k: shared.put(clone(x, **k)))
     return made
@@ -264,7 +287,7 @@ def test_on_aarch64(calls: list[Call], shared: Shared, tmp_path: Path) -> None:
     emulator: as much the same as sums with fused multiply-adds are, which this machine's generic
     code has not."""
     program, list_of_calls = tmp_path / "kernels", tmp_path / "calls"
-    build(program, "-static", str(DRIVER))
+    build(program, "-static", f"-I{SOURCES}", str(DRIVER))
     if EMULATOR is None:
         pytest.skip("compiled, and not run: qemu-aarch64 is not installed")
     results: list[torch.Tensor] = []
@@ -273,23 +296,23 @@ def test_on_aarch64(calls: list[Call], shared: Shared, tmp_path: Path) -> None:
         for make in (inputs.edit, inputs.attend, inputs.small, inputs.train, inputs.multiply):
             make()
         results += inputs.results
-    assert {name for name, _, _ in calls} == {name for _, _, name in KERNELS}
+    assert {name for name, *_ in calls} == {name for _, _, name in KERNELS}
     before = shared.path.read_bytes()
-    for _, kernel, args in calls:
-        kernel(*args)
+    for _, kernel, args, _ in calls:
+        assert kernel(*args)
     here = [result.double() for result in results]
     ctypes.memmove(shared.ADDRESS, before, len(before))
     initial = [result.double() for result in results]
 
     lines = []
-    for name, _, args in calls:
+    for name, _, _, args in calls:
         packed = [bits_of(arg) for arg in args]
         lines.append(" ".join([name, *map(str, packed + [0] * (20 - len(packed)))]))
     list_of_calls.write_text("\n".join(lines))
     command = [str(EMULATOR), str(program), str(shared.path), str(list_of_calls)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split() == [name for name, _, _ in calls]
+    assert done.stdout.split() == [name for name, *_ in calls]
     for result, wanted, start in zip(results, here, initial, strict=True):
         assert wanted.isfinite().all()
         unit = 16 * UNIT_ROUNDOFF[result.dtype]

@@ -271,6 +271,12 @@ def test_other_dtypes_are_refused() -> None:
         cpu.rms_norm(x, torch.ones(8).half(), 1e-5)
     with pytest.raises(ValueError, match="norm: wanted"):
         cpu.layer_norm(x, torch.ones(8), torch.ones(8).half(), 1e-5)
+    for other in (x.double(), x.to("meta"), x[0]):
+        with pytest.raises(ValueError, match="norm: wanted"):
+            cpu.rms_norm(other, torch.ones(8), 1e-5)
+    for other in (x.double(), x.to("meta"), x[0], x.to_sparse()):
+        with pytest.raises(ValueError, match="norm: wanted"):
+            cpu.rms_norm(x, torch.ones(8), 1e-5, residual=other)
     qkv, angle = normal(0, 1, 8 * 16), torch.ones(1, 8)
     for packed, angles in ((qkv[:, :-1], angle), (qkv, angle.half())):
         with pytest.raises(ValueError, match="rotary_write_kv: wanted"):
