@@ -49,14 +49,25 @@ def as_json(bars: list[Bar]) -> dict[str, object]:
     }
 
 
+ROUNDS = 3
+
+
 def measure(ring: Ring, budget: float) -> Iterator[Bar]:
-    yield from _distinct(ring, budget)
-    yield from _torchs_ways(ring, budget)
-    yield from _base(ring, budget)
-    yield _attention(ring, budget, shuffled=False)
-    yield _attention(ring, budget, shuffled=True)
-    for name, us in call_costs(budget / 2).items():
-        yield Bar(f"a call of {name} beyond its work, us", us, 3)
+    """Every ratio three times over the run, of which the middle one counts. The calls, no ratios,
+    are measured after each of the others, and the lowest median counts: a shared machine has
+    spells in which all takes twice as long."""
+    calls: list[dict[str, float]] = []
+    rounds: list[list[Bar]] = [[] for _ in range(ROUNDS)]
+    for found in rounds:
+        for measured in (_distinct, _torchs_ways, _base, _attention):
+            for bar in measured(ring, budget / ROUNDS):
+                found.append(bar)
+                calls.append(call_costs(budget / 20))
+    for same in zip(*rounds, strict=True):
+        yield sorted(same, key=lambda bar: bar.value)[ROUNDS // 2]
+    for name in calls[0]:
+        lowest = min(found[name] for found in calls)
+        yield Bar(f"a call of {name} beyond its work, us", lowest, 3)
 
 
 def _distinct(ring: Ring, budget: float) -> Iterator[Bar]:
@@ -84,9 +95,8 @@ def _base(ring: Ring, budget: float) -> Iterator[Bar]:
         yield Bar(f"{what}, {case} / base product", ours / min(bases), bar)
 
 
-def _attention(ring: Ring, budget: float, shuffled: bool) -> Bar:
-    step = Attention(SMOLLM2, 32, 2000, ring, shuffled=shuffled)
+def _attention(ring: Ring, budget: float) -> Iterator[Bar]:
+    step = Attention(SMOLLM2, 32, 2000, ring, shuffled=False)
     ours, read = medians([step.ours, ring.reader()], budget)
     limit = read * step.nbytes / READ_BYTES
-    order = "blocks in any order" if shuffled else "blocks in order"
-    return Bar(f"paged attention, 32 x 2000, {order} / reading keys and values", ours / limit, 1.3)
+    yield Bar("paged attention, 32 x 2000 / reading keys and values", ours / limit, 1.3)
