@@ -1,4 +1,4 @@
-"""Paged attention and the KV write on the CPU: argument checks and the calls into C++.
+"""Paged attention and the KV write on the CPU: the calls into C++, which checks the tensors.
 
 A cache has the shape that the reference gives it, but how keys and values lie in a block is this
 backend's business (attention_layout.h): only `write_kv` and `rotary_write_kv` write it.
@@ -42,6 +42,7 @@ class Layer(ctypes.Structure):
         ("dtype", c_int32),
     )
     address: int
+    kept: tuple[torch.Tensor | None, ...]  # slopes and sinks stay where they are
 
 
 def layer(
@@ -55,13 +56,13 @@ def layer(
     slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
 ) -> Layer:
-    """What stays the same over a layer's calls. It holds the addresses of slopes and sinks.
+    """What stays the same over a layer's calls.
 
     Raises:
         ValueError: tensors that do not fit each other.
     """
     made = Layer()
-    made.address = ctypes.addressof(made)
+    made.address, made.kept = ctypes.addressof(made), (slopes, sinks)
     if not _fill_layer(
         made.address,
         heads,

@@ -1,15 +1,13 @@
 // What Python calls: tensors that fit each other are handed to the kernel; where they do not, false
-// is returned and nothing has been done. Outputs come last or first as Python's functions have them,
-// already made.
+// is returned and nothing is done. `out`, and y of the product, are as Python has just made them.
 
+#include "attention_layout.h"
 #include "kernels.h"
 #include "tensor.h"
 
 namespace manylora {
 namespace MANYLORA_ISA {
 namespace {
-
-constexpr int64_t kBlockMultiple = 16;  // kGroup in attention_layout.h
 
 bool is_or_none(const Tensor& t, int32_t type, std::initializer_list<int64_t> sizes) {
   return !t.given || t.is(type, sizes);
@@ -47,9 +45,9 @@ bool scale_rows(Tensor out, Tensor x, Tensor pool, int64_t rows, int64_t module,
 
 // panels: packed (kernels/cpu/product.py).
 bool linear(Tensor y, Tensor x, Tensor panels, Tensor bias) {
+  if (!x.is_matrix() || x.dtype != kBFloat16 || x.sizes[1] != 2 * panels.sizes[1]) return false;
   const int64_t out = y.sizes[1];
-  if (x.dtype != kBFloat16 || !x.is_matrix() || !is_or_none(bias, kBFloat16, {out})) return false;
-  if (x.sizes[1] != 2 * panels.sizes[1]) return false;
+  if (!is_or_none(bias, kBFloat16, {out})) return false;
   linear(y.data, out, x.data, x.strides[0], x.sizes[0], panels.data, bias.data, x.sizes[1], out);
   return true;
 }
@@ -60,17 +58,17 @@ bool attention_layer(AttentionLayer* layer, int64_t heads, Tensor k_cache, Tenso
   if (!k_cache.computes() || k_cache.dim != 4) return false;
   const int64_t* const size = k_cache.sizes;
   const int64_t kv_heads = size[1], block_size = size[2], head_dim = size[3];
-  if (!k_cache.contiguous() || !v_cache.is(k_cache.dtype, {size[0], kv_heads, block_size, head_dim}))
-    return false;
+  if (!k_cache.contiguous()) return false;
+  if (!v_cache.is(k_cache.dtype, {size[0], kv_heads, block_size, head_dim})) return false;
   if (heads < 1 || kv_heads < 1 || heads % kv_heads != 0) return false;
   if (head_dim < 1 || head_dim > kMaxHeadDim) return false;
-  if (block_size < 1 || block_size % kBlockMultiple != 0 || (k_cache.dtype == kBFloat16 && head_dim % 2)) return false;
+  if (k_cache.dtype == kBFloat16 && head_dim % 2 != 0) return false;
+  if (block_size < 1 || block_size % kGroup != 0) return false;
   if (!is_or_none(slopes, kFloat32, {heads}) || !is_or_none(sinks, kFloat32, {heads})) return false;
-  *layer = {heads,  kv_heads,
-            head_dim, block_size,
-            window, static_cast<const float*>(slopes.data),
-            static_cast<const float*>(sinks.data), scale,
-            softcap, k_cache.dtype};
+  const auto slope = static_cast<const float*>(slopes.data);
+  const auto sink = static_cast<const float*>(sinks.data);
+  *layer = {heads, kv_heads, head_dim, block_size, window, slope, sink, scale, softcap,
+            k_cache.dtype};
   return true;
 }
 

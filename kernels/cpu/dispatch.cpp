@@ -4,7 +4,7 @@
 // namespace manylora::MANYLORA_ISA in its own source or, given tensors, in calls.cpp, and lists the
 // source in CMakeLists.txt. Its entry takes the arguments packed, 8 bytes each: an integer as
 // int64_t, an address, a tensor as the address of its TensorImpl, a float as double. It returns
-// whether the arguments fit each other.
+// whether the arguments fit each other; of kernels that are not called often Python sees to that.
 
 #include <stdint.h>
 #include <string.h>
@@ -147,9 +147,10 @@ MANYLORA_EXPORT void manylora_set_tensor_functions(const manylora::TensorFunctio
   manylora::tensor_functions = *functions;
 }
 
-// Where a tensor's elements begin.
-MANYLORA_EXPORT const void* manylora_data(const void* impl) {
-  return manylora::read_tensor(manylora::tensor_functions, impl).data;
+// Whether a contiguous tensor [size] is read as it is: torch may come to lay out others.
+MANYLORA_EXPORT bool manylora_reads(const void* impl, const void* data, int32_t dtype, int64_t size) {
+  const manylora::Tensor t = manylora::read_tensor(manylora::tensor_functions, impl);
+  return t.data == data && t.is(dtype, {size});
 }
 
 MANYLORA_KERNEL(bool, apply_edits,

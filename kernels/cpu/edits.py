@@ -1,4 +1,4 @@
-"""The low-rank edits on the CPU: argument checks and the call into C++."""
+"""The low-rank edits on the CPU: the calls into C++, which checks the tensors."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def scale_inputs(
     if len(group.modules) > 1:
         raise ValueError(f"group: found in_scale among the modules {group.modules}; wanted one")
     module = group.modules[0]
-    if plan.max_slot >= table.slots or x.shape[0] != plan.rows:
+    if plan.max_slot >= table.slots or x.shape[:1] != (plan.rows,):
         raise _misfit(x, x, group, pool, table, plan)
     if not table.in_scaled[plan.slots, module].any():
         return x

@@ -14,7 +14,7 @@ namespace {
 constexpr int64_t kBlock = 64;  // outputs of a block of packed B; the last one may have 16, 32, 48
 constexpr int64_t kUnit = 16;   // the outputs of a block are a multiple of this
 // Columns that are gone through for one tile of rows after the other: y is met in the order of
-// memory for a while, and a B of rank 16 or 32 still lies in the core's first cache.
+// memory for a while, and the columns' part of a B of rank 16 stays in the core's first cache.
 constexpr int64_t kRun = 512;
 
 // One vector of a row's slice; `n` is given where it has less than kLanes columns.

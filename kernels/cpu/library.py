@@ -12,6 +12,7 @@ import functools
 import os
 import struct
 from collections.abc import Callable
+from ctypes import c_bool, c_int32, c_int64, c_void_p
 from pathlib import Path
 
 import torch
@@ -36,20 +37,21 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         torch_library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
         library.manylora_set_pool(*_functions(torch_library, *_POOL))
         functions = _functions(torch_library, *_TENSOR_FUNCTIONS)
+        library.manylora_set_tensor_functions((c_void_p * len(functions))(*functions))
+        library.manylora_isa_name.restype = ctypes.c_char_p
+        reads = library.manylora_reads
     except (OSError, AttributeError) as error:
         return None, f"the C++ kernels were not built or cannot be loaded ({error})"
-    library.manylora_set_tensor_functions((ctypes.c_void_p * len(functions))(*functions))
-    library.manylora_data.argtypes = (ctypes.c_void_p,)
-    library.manylora_data.restype = ctypes.c_void_p
-    library.manylora_isa_name.restype = ctypes.c_char_p
-    probe = torch.ones(1, device="cpu")
-    if library.manylora_data(probe._cdata) != probe.data_ptr():
-        return None, f"the C++ kernels cannot read tensors of torch {torch.__version__}"
+    reads.argtypes, reads.restype = (c_void_p, c_void_p, c_int32, c_int64), c_bool
+    for dtype, code in DTYPES.items():
+        probe = torch.ones(3, dtype=dtype, device="cpu")
+        if not reads(probe._cdata, probe.data_ptr(), code, 3):
+            return None, f"the C++ kernels cannot read tensors of torch {torch.__version__}"
     return library, ""
 
 
-def _functions(library: ctypes.CDLL, *names: str) -> list[ctypes.c_void_p]:
-    return [ctypes.cast(getattr(library, name), ctypes.c_void_p) for name in names]
+def _functions(library: ctypes.CDLL, *names: str) -> list[c_void_p]:
+    return [ctypes.cast(getattr(library, name), c_void_p) for name in names]
 
 
 _library, _reason = _load()
@@ -101,7 +103,7 @@ def kernel(name: str, layout: str) -> Callable[..., bool]:
     if _library is None:
         return _unavailable
     function = getattr(_library, f"manylora_{name}")
-    function.restype = ctypes.c_bool
+    function.restype = c_bool
     pack = struct.Struct(layout).pack
 
     def call(*arguments: float) -> bool:
@@ -113,11 +115,16 @@ def kernel(name: str, layout: str) -> Callable[..., bool]:
 
 def describe(**tensors: torch.Tensor | None) -> str:
     """What tensors that do not fit each other are, in words."""
-    return ", ".join(
-        f"{name} {t.device} {t.dtype} {tuple(t.shape)} {t.stride()}"
-        for name, t in tensors.items()
-        if t is not None
-    )
+    found = []
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.layout == torch.strided and not tensor.is_nested:
+            lies = f"{tuple(tensor.shape)} {tensor.stride()}"
+        else:
+            lies = str(tensor.layout)
+        found.append(f"{name} {tensor.device} {tensor.dtype} {lies}")
+    return ", ".join(found)
 
 
 def _unavailable(*_: object) -> bool:

@@ -68,7 +68,7 @@ def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = No
     Raises:
         ValueError: tensors that do not fit each other.
     """
-    y = x.new_empty(x.shape[0], weight.out_size)
+    y = x.new_empty(x.numel() // weight.in_size, weight.out_size)
     shift = 0 if bias is None else bias._cdata
     if not _linear(y._cdata, x._cdata, weight.panels._cdata, shift):
         raise ValueError(

@@ -1,7 +1,6 @@
 // A torch tensor as C++ sees it, without torch's headers: Python gives the address of its TensorImpl
 // (`Tensor._cdata`), and what it is is asked of the C functions that libtorch exports
-// (aoti_torch_get_*, of torch/csrc/inductor/aoti_torch/c/shim.h). Four answers cost as much here as
-// one tenth of one question asked from Python.
+// (aoti_torch_get_*, of torch/csrc/inductor/aoti_torch/c/shim.h).
 
 #pragma once
 
@@ -10,6 +9,9 @@
 #include <initializer_list>
 
 #include "types.h"
+
+// Compiled for several instruction sets, of which the linker would keep any one.
+#define MANYLORA_IN_PLACE __attribute__((always_inline)) inline
 
 namespace manylora {
 
@@ -25,28 +27,37 @@ struct TensorFunctions {
 };
 
 struct Tensor {
-  bool given = false;  // false: None, and all else is empty
+  bool given = false;  // false: None
+  // The rest is as here where the tensor does not lie in the CPU's memory.
   int32_t dtype = -1;  // a DType, or another of torch's
   void* data = nullptr;
-  int64_t dim = 0;
+  int64_t dim = -1;
   const int64_t* sizes = nullptr;
   const int64_t* strides = nullptr;  // in elements
 
   // Of a type that the kernels compute in.
-  bool computes() const { return dtype == kFloat32 || dtype == kFloat16 || dtype == kBFloat16; }
+  MANYLORA_IN_PLACE bool computes() const {
+    return dtype == kFloat32 || dtype == kFloat16 || dtype == kBFloat16;
+  }
 
-  bool contiguous() const {
+  MANYLORA_IN_PLACE bool empty() const {
+    for (int64_t i = 0; i < dim; ++i) {
+      if (sizes[i] == 0) return true;
+    }
+    return false;
+  }
+
+  MANYLORA_IN_PLACE bool contiguous() const {
     int64_t step = 1;
     for (int64_t i = dim - 1; i >= 0; --i) {
-      if (sizes[i] == 0) return true;
-      if (sizes[i] != 1 && strides[i] != step) return false;
+      if (sizes[i] != 1 && strides[i] != step) return empty();
       step *= sizes[i];
     }
     return true;
   }
 
   // Contiguous, of that type and those sizes.
-  bool is(int32_t type, std::initializer_list<int64_t> wanted) const {
+  MANYLORA_IN_PLACE bool is(int32_t type, std::initializer_list<int64_t> wanted) const {
     if (dtype != type || dim != static_cast<int64_t>(wanted.size()) || !contiguous()) return false;
     const int64_t* size = sizes;
     for (const int64_t each : wanted) {
@@ -56,25 +67,25 @@ struct Tensor {
   }
 
   // [rows, n], with contiguous rows.
-  bool is_matrix() const { return computes() && dim == 2 && strides[1] == 1; }
+  MANYLORA_IN_PLACE bool is_matrix() const { return computes() && dim == 2 && strides[1] == 1; }
 
   // [rows, heads, head_dim], with contiguous heads.
-  bool is_heads() const {
+  MANYLORA_IN_PLACE bool is_heads() const {
     return computes() && dim == 3 && (strides[2] == 1 || sizes[0] == 0);
   }
 };
 
-// impl: the TensorImpl of a tensor that lives, or null. What is not on the CPU gets no dtype.
-inline Tensor read_tensor(const TensorFunctions& functions, const void* impl) {
+// impl: the TensorImpl of a tensor that lives, or null.
+MANYLORA_IN_PLACE Tensor read_tensor(const TensorFunctions& functions, const void* impl) {
   constexpr int32_t kCpu = 0;
-  Tensor t;
-  t.given = impl != nullptr;
-  int32_t device = kCpu, dtype = -1;
-  if (!t.given || functions.device(&impl, &device) != 0 || device != kCpu) return t;
-  if (functions.data(&impl, &t.data) != 0 || functions.dim(&impl, &t.dim) != 0) return t;
-  if (functions.sizes(&impl, &t.sizes) != 0 || functions.strides(&impl, &t.strides) != 0) return t;
-  if (functions.dtype(&impl, &dtype) == 0) t.dtype = dtype;
-  return t;
+  Tensor other, t;
+  other.given = t.given = impl != nullptr;
+  int32_t device = kCpu;
+  if (!t.given || functions.device(&impl, &device) != 0 || device != kCpu) return other;
+  if (functions.data(&impl, &t.data) != 0 || functions.dim(&impl, &t.dim) != 0) return other;
+  if (functions.sizes(&impl, &t.sizes) != 0 || functions.strides(&impl, &t.strides) != 0) return other;
+  if (functions.dtype(&impl, &t.dtype) != 0) return other;
+  return t.data == nullptr && !t.empty() ? other : t;
 }
 
 }  // namespace manylora

@@ -13,7 +13,7 @@ struct f16 {
   uint16_t bits;
 };
 
-// torch's own codes (c10/core/ScalarType.h), and so of kernels/cpu/library.py.
+// torch's own codes (c10/core/ScalarType.h); also in kernels/cpu/library.py.
 enum DType : int32_t { kFloat16 = 5, kFloat32 = 6, kBFloat16 = 15 };
 
 }  // namespace manylora

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from attention_steps import kept, make_step
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_cases import INTERPRETED, drawn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from manylora.kernels import Backend, cpu, reference
 
@@ -274,10 +276,53 @@ def test_other_dtypes_are_refused() -> None:
     for other in (x.double(), x.to("meta"), x[0]):
         with pytest.raises(ValueError, match="norm: wanted"):
             cpu.rms_norm(other, torch.ones(8), 1e-5)
-    for other in (x.double(), x.to("meta"), x[0], x.to_sparse()):
-        with pytest.raises(ValueError, match="norm: wanted"):
-            cpu.rms_norm(x, torch.ones(8), 1e-5, residual=other)
     qkv, angle = normal(0, 1, 8 * 16), torch.ones(1, 8)
     for packed, angles in ((qkv[:, :-1], angle), (qkv, angle.half())):
         with pytest.raises(ValueError, match="rotary_write_kv: wanted"):
             cpu.rotary_write_kv(packed, angles, angles, step.k_cache, step.v_cache, step.batch)
+
+
+def freed(tensor: torch.Tensor) -> torch.Tensor:
+    """Its sizes, and no memory."""
+    tensor = tensor.clone()
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+@pytest.mark.skipif(not cpu.available(), reason=cpu.why_unavailable())
+@pytest.mark.parametrize(
+    "elsewhere",
+    [
+        lambda x: x.to("meta"),
+        torch.Tensor.to_sparse,
+        torch.Tensor.to_sparse_csr,
+        lambda x: torch.nested.nested_tensor([x, x]),
+        lambda x: FakeTensorMode().from_tensor(x),
+        lambda x: torch._efficientzerotensor(x.shape, dtype=x.dtype),
+        freed,
+        torch.Tensor.sum,
+    ],
+    ids=("meta", "sparse", "csr", "nested", "fake", "zero", "freed", "scalar"),
+)
+def test_what_lies_elsewhere_is_refused(elsewhere: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Or is no matrix: neither read, nor taken for nothing."""
+    x, wide, step = normal(0, 4, 8), normal(0, 2, 64).bfloat16(), make_step([2], [9])
+    caches, qkv, angle = (step.k_cache, step.v_cache), normal(0, 2, 8 * 16), torch.ones(2, 8)
+    weight = cpu.PackedWeight(normal(0, 70, 64).bfloat16(), cpu.HugeArena())
+    other, ones = elsewhere(x), torch.ones(8)
+    for call in (
+        lambda: cpu.rms_norm(x, ones, 1e-5, residual=other),
+        lambda: cpu.rms_norm(x, other, 1e-5),
+        lambda: cpu.linear(wide, weight, other),
+        lambda: cpu.rotary_write_kv(qkv, elsewhere(angle), angle, *caches, step.batch),
+        lambda: cpu.rotary_write_kv(qkv, angle, elsewhere(angle), *caches, step.batch),
+        lambda: cpu.rotary_write_kv(elsewhere(qkv), angle, angle, *caches, step.batch),
+        lambda: cpu.write_kv(other, other, *caches, step.batch),
+        lambda: cpu.paged_attention(step.q, other, other, step.batch, scale=1.0),
+        lambda: cpu.paged_attention(step.q, *caches, step.batch, scale=1.0, sinks=other),
+    ):
+        with pytest.raises(ValueError, match="wanted"):
+            call()
+    for call in (lambda: cpu.linear(elsewhere(wide), weight), lambda: cpu.silu_mul(other)):
+        with pytest.raises((ValueError, RuntimeError)):
+            call()
