@@ -21,7 +21,6 @@ from manylora.server.engine.mailbox import (
     Inspect,
     Load,
     PooledEvent,
-    RequestEvent,
     ResidencyEvent,
     Submit,
     TokenEvent,
@@ -29,6 +28,7 @@ from manylora.server.engine.mailbox import (
 )
 from manylora.server.engine.model import AdaptedModel, EncoderModel
 from manylora.server.engine.settings import EngineSettings
+from manylora.server.engine.streams import Stream, make_room
 from manylora.server.engine.tokenizer import Tokenizer
 from manylora.server.engine.types import (
     AdapterKey,
@@ -43,7 +43,6 @@ from manylora.server.engine.types import (
     Usage,
 )
 
-RETRY_SECONDS = 1.0  # advice to a caller who finds the queue full
 MAX_EVENTS = 64  # that become one delta, of a reader who has fallen behind
 MAX_UNREAD = 10_000  # events kept for a watcher who does not read
 
@@ -59,7 +58,7 @@ class AsyncEngine:
         self.tokenizer = Tokenizer(settings.model)
         self._engine = Engine(settings, fetch, self._deliver, observer)
         self._limit = settings.max_waiting + settings.max_sequences
-        self._streams: dict[str, asyncio.Queue[RequestEvent]] = {}
+        self._streams: dict[str, Stream] = {}
         self._watchers: set[asyncio.Queue[Residency | None]] = set()  # None: no more events
         self._ended = asyncio.Event()
         self._idle = asyncio.Event()
@@ -107,13 +106,13 @@ class AsyncEngine:
 
         Raises:
             InvalidArgument: the prompt or a sampling value makes no sense.
-            ResourceExhausted: the queue is full.
+            ResourceExhausted: the queue is full, or it was and another tenant had fewer requests.
             FailedPrecondition: the adapter does not fit the base.
             DeadlineExceeded: not done in time.
             Unavailable: the server is stopping.
         """
         self._check(request)
-        queue = self._open(request)
+        queue = self._open(request).events
         outcome = "cancelled"
         try:
             detokenizer = Detokenizer(self.tokenizer.decode, request.prompt)
@@ -126,6 +125,7 @@ class AsyncEngine:
                 delta = Delta(text="", token_ids=[])
                 for event in events:
                     if isinstance(event, ErrorEvent):
+                        outcome = "shed"  # unless the engine has ended it
                         raise event.error
                     assert isinstance(event, TokenEvent)
                     tokens += 1
@@ -143,23 +143,24 @@ class AsyncEngine:
         step. Raises what `stream` does, and FailedPrecondition where the adapter is not for
         this."""
         self._check(request)
-        queue = self._open(request)
+        queue = self._open(request).events
+        outcome = "cancelled"
         try:
             event = await queue.get()
             if isinstance(event, ErrorEvent):
+                outcome = "shed"
                 raise event.error
             assert isinstance(event, PooledEvent)
             return event.pooled
         finally:
-            self._leave(request, "cancelled")
+            self._leave(request, outcome)
 
-    def _open(self, request: Request) -> asyncio.Queue[RequestEvent]:
-        """Hands the request to the engine; its events come by the queue."""
+    def _open(self, request: Request) -> Stream:
+        """Hands the request to the engine, which tells of it in the stream."""
         self._engine.put(Submit(request))
-        queue: asyncio.Queue[RequestEvent] = asyncio.Queue()
-        self._streams[request.id] = queue
+        stream = self._streams[request.id] = Stream(request)
         self._idle.clear()
-        return queue
+        return stream
 
     def _leave(self, request: Request, outcome: str) -> None:
         """The caller wants no more of it; no news to the engine where it has ended."""
@@ -197,10 +198,7 @@ class AsyncEngine:
         sampling_params.validate(request.sampling, vocab)
         if request.id in self._streams:
             raise InvalidArgument("a request with this id is running", field="id", found=request.id)
-        if len(self._streams) >= self._limit:
-            raise ResourceExhausted(
-                "the queue is full", field="requests", found=self._limit, retry_after=RETRY_SECONDS
-            )
+        make_room(self._streams.values(), self._limit, request.tenant)
 
     def _check_types(self, request: Request) -> None:
         types, known = request.token_types, self.info.token_types
@@ -298,8 +296,8 @@ class AsyncEngine:
                     else:
                         watcher.put_nowait(None)
                         self._watchers.remove(watcher)
-            elif queue := self._streams.get(event.request_id):
-                queue.put_nowait(event)
+            elif stream := self._streams.get(event.request_id):
+                stream.put(event)
 
 
 def _describe(backend: Backend) -> str:

@@ -30,7 +30,8 @@ class Submit:
 
 @dataclass(slots=True, frozen=True)
 class Cancel:
-    """The caller wants no more of it: it went away, or its stop string came (outcome "stop")."""
+    """The caller wants no more of it: it went away, its stop string came (outcome "stop"), or it
+    had to give way (outcome "shed")."""
 
     request_id: str
     outcome: str = "cancelled"

@@ -237,14 +237,14 @@ def take_turns(
     """Orders the queue so that tenants take turns, first who has the fewest running, each in the
     order of arrival. Before all come those that were preempted, or for whose adapter others must
     make room: whoever is admitted then goes before them, and is counted."""
-    if len({sequence.tenant for sequence in waiting}) < 2:
+    if len({sequence.request.tenant for sequence in waiting}) < 2:
         return
-    taken = Counter(sequence.tenant for sequence in running)
+    taken = Counter(sequence.request.tenant for sequence in running)
     turns: list[tuple[int, Sequence]] = []
     for sequence in sorted(waiting, key=lambda its: its.arrived):
         first = sequence.admitted is not None or residency.lacks_room(sequence.request.adapter)
-        turns.append((-1 if first else taken[sequence.tenant], sequence))
-        taken[sequence.tenant] += 1
+        turns.append((-1 if first else taken[sequence.request.tenant], sequence))
+        taken[sequence.request.tenant] += 1
     turns.sort(key=lambda turn: turn[0])  # equal turns stay as they are: by arrival
     waiting.clear()
     waiting.extend(sequence for _, sequence in turns)

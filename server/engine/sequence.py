@@ -71,12 +71,6 @@ class Sequence:
         return "" if self.request.adapter is None else self.request.adapter.digest
 
     @property
-    def tenant(self) -> str:
-        """Whose adapter it is, the first one's of several; "" for the base, which is nobody's."""
-        adapter = self.request.adapter
-        return "" if adapter is None else adapter.label.partition("/")[0]
-
-    @property
     def output_tokens(self) -> int:
         return len(self.tokens) - self.prefix_tokens - self.prompt_tokens
 

@@ -120,6 +120,11 @@ class Request:
     pooling: Pooling | None = None
     token_types: Sequence[int] = ()
 
+    @property
+    def tenant(self) -> str:
+        """Whose adapter it is, the first one's of several; "" for the base, which is nobody's."""
+        return "" if self.adapter is None else self.adapter.label.partition("/")[0]
+
 
 class FinishReason(Enum):
     STOP = "stop"
@@ -221,7 +226,7 @@ class StepRecord:
 
 @dataclass(slots=True, frozen=True)
 class RequestRecord:
-    """One finished request. outcome: "stop", "length", "pooled", "cancelled", "deadline"
+    """One finished request. outcome: "stop", "length", "pooled", "cancelled", "shed", "deadline"
     or "error"."""
 
     adapter: AdapterKey | None

@@ -24,7 +24,8 @@ from manylora.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from manylora.server.engine.front import RETRY_SECONDS, AsyncEngine
+from manylora.server.engine.front import AsyncEngine
+from manylora.server.engine.streams import RETRY_SECONDS
 from manylora.server.engine.types import AdapterKey, Residency, ResidencyState
 from manylora.server.rpc.gate import Context
 from manylora.server.rpc.names import format_name, parse_any_parent, parse_name, parse_parent

@@ -81,11 +81,41 @@ async def test_a_full_queue(start: Start) -> None:
     ]
     await house.fetch.begun("adapter-1")
     with pytest.raises(ResourceExhausted) as caught:
-        await house.ask(PROMPT)
+        await house.ask(PROMPT, "adapter-1")
     assert caught.value.retry_after
     house.fetch.release("adapter-1")
     await asyncio.gather(*waiting)
     await house.ask(PROMPT, max_tokens=1)
+    await house.check_nothing_is_held()
+
+
+async def test_no_tenant_keeps_the_others_out(start: Start) -> None:
+    """Of a full queue, the last of the one who has the most gives way."""
+    house = await start(max_waiting=2, max_sequences=1)
+    house.fetch.hold("adapter-1")
+    waiting = [
+        asyncio.ensure_future(house.ask(PROMPT, "adapter-1", max_tokens=2)) for _ in range(3)
+    ]
+    await house.fetch.begun("adapter-1")
+    answer = await house.ask(PROMPT, max_tokens=2)
+    assert len(answer.tokens) == 2
+    with pytest.raises(ResourceExhausted) as caught:
+        await waiting.pop()
+    assert caught.value.retry_after
+    house.fetch.release("adapter-1")
+    await asyncio.gather(*waiting)
+    assert sorted(record.outcome for record in house.seen.requests) == [*["length"] * 3, "shed"]
+    await house.check_nothing_is_held()
+
+
+async def test_an_answer_that_nobody_reads_takes_no_place(start: Start) -> None:
+    house = await start(max_waiting=0, max_sequences=1)
+    unread = house.engine.stream(house.request(PROMPT, max_tokens=3, ignore_eos=True))
+    await anext(unread)
+    while (await house.settled()).running:
+        pass
+    await house.ask(PROMPT, max_tokens=1)
+    await unread.aclose()
     await house.check_nothing_is_held()
 
 
