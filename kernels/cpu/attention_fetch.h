@@ -14,35 +14,53 @@ namespace MANYLORA_ISA {
 
 constexpr int64_t kTile = 64;  // positions
 constexpr int64_t kGroups = kTile / kGroup;
+constexpr int64_t kTurn = 2 * kGroups;  // groups, each of which is fetched from in turn
 // From one group before the next has its turn. Where a step takes less, four lines at once hold up
 // its reading.
 constexpr int64_t kFetchBytes = kLanes >= 16 ? 256 : 64;
 
 struct Fetch {
-  const char* groups[2 * kGroups];  // a head's, of keys, then of values
-  int64_t count;                    // of groups
-  int64_t heads;                    // that are left
+  // A head's, of keys and of values; few ones more than once, and all once more, since a product
+  // takes several at a time, from any one on.
+  const char* groups[2 * kTurn];
+  int64_t heads;  // that are left
   int64_t head_bytes, group_bytes;
-  int64_t group, offset;  // what is next
+  int64_t group, offset;  // what is next; when nothing is left, what was last
 };
 
-// For the second-level cache. fetch: null for nothing.
-MANYLORA_INLINE void fetch_bytes(Fetch* fetch, int64_t bytes) {
-  if (fetch == nullptr) return;
-  for (; bytes > 0 && fetch->heads > 0; bytes -= kFetchBytes) {
-    const char* const at = fetch->groups[fetch->group] + fetch->offset;
-    for (int64_t i = 0; i < kFetchBytes; i += 64) __builtin_prefetch(at + i, 0, 2);
-    if (++fetch->group < fetch->count) continue;
-    fetch->group = 0;
+// For the second-level cache.
+MANYLORA_INLINE void fetch_group(const Fetch* fetch, int64_t group) {
+  const char* const at = fetch->groups[group] + fetch->offset;
+  for (int64_t i = 0; i < kFetchBytes; i += 64) __builtin_prefetch(at + i, 0, 2);
+}
+
+// Apart, so that a product's sums stay in registers.
+__attribute__((noinline, cold)) static void next_head(Fetch* fetch) {
+  if (fetch->heads == 0 || --fetch->heads == 0) return;
+  fetch->offset = 0;
+  for (const char*& group : fetch->groups) group += fetch->head_bytes;
+}
+
+// Past so many groups, no more than there are.
+MANYLORA_INLINE void advance(Fetch* fetch, int64_t groups) {
+  fetch->group += groups;
+  if (fetch->group < kTurn) return;
+  fetch->group -= kTurn;
+  if (fetch->offset + kFetchBytes < fetch->group_bytes) {
     fetch->offset += kFetchBytes;
-    if (fetch->offset < fetch->group_bytes) continue;
-    fetch->offset = 0;
-    --fetch->heads;
-    for (int64_t g = 0; g < fetch->count; ++g) fetch->groups[g] += fetch->head_bytes;
+  } else {
+    next_head(fetch);
   }
 }
 
-MANYLORA_INLINE void fetch_bytes(decltype(nullptr), int64_t) {}
+// fetch: null for nothing.
+MANYLORA_INLINE void fetch_bytes(Fetch* fetch, int64_t bytes) {
+  if (fetch == nullptr) return;
+  for (; bytes > 0 && fetch->heads > 0; bytes -= kFetchBytes) {
+    fetch_group(fetch, fetch->group);
+    advance(fetch, 1);
+  }
+}
 
 }  // namespace MANYLORA_ISA
 }  // namespace manylora

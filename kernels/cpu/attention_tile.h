@@ -43,11 +43,11 @@ static Fetch fetch_of(const Call& call, const Unit& unit, Span keys) {
   Places places;
   find(call, unit.sequence, unit.head, keys.lo, keys.hi, &places);
   Fetch fetch = {};
-  const void* const caches[] = {call.k_cache, call.v_cache};
-  for (const void* cache : caches) {
-    for (int64_t g = places.first; g < places.end; ++g) {
-      fetch.groups[fetch.count++] = static_cast<const char*>(cache) + places.at[g] * kSize;
-    }
+  const int64_t count = places.end - places.first;
+  for (int64_t i = 0; i < 2 * kTurn; ++i) {
+    const void* const cache = i / kGroups % 2 == 0 ? call.k_cache : call.v_cache;
+    const int64_t at = places.at[places.first + i % kGroups % count] * kSize;
+    fetch.groups[i] = static_cast<const char*>(cache) + at;
   }
   fetch.heads = unit.heads;
   fetch.head_bytes = layer.block_size * layer.head_dim * kSize;
@@ -84,7 +84,7 @@ static void score(const Sizes& sizes, int64_t lines, const Hidden<E>* q, const G
     return keys.at[first + n / kVecs] + n % kVecs * kStep<E>;
   };
   const Right<decltype(vector)> right = {vector, 1, sizes.head_dim, kGroup * kDepth<E>};
-  product<E>(lines, (end - first) * kVecs, q, sizes.head_dim, right, nullptr,
+  product<E>(sizes.group, lines, (end - first) * kVecs, q, sizes.head_dim, right, nullptr,
              scores + first * kGroup, kTile, fetch);
 }
 

@@ -28,8 +28,8 @@ static void add_keys(const Sizes& sizes, int64_t lines, const Hidden<E>* weights
                      float* acc, Fetch* fetch) {
   const auto vector = [&](int64_t part, int64_t n) { return values[part] + n * kStep<E>; };
   const Right<decltype(vector)> right = {vector, parts, keys, sizes.width * kDepth<E>};
-  product<E>(lines, sizes.width / kLanes, weights, kWeightStride<E>, right, keep, acc, sizes.width,
-             fetch);
+  product<E>(sizes.group, lines, sizes.width / kLanes, weights, kWeightStride<E>, right, keep, acc,
+             sizes.width, fetch);
 }
 
 // Rows of a group's values, padded to whole vectors where head_dim is not a number of them.
