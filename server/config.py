@@ -94,7 +94,7 @@ class Settings(BaseSettings):
     max_waiting: int = Field(
         _ENGINE.max_waiting,
         ge=0,
-        description="Requests waiting before more are refused with RESOURCE_EXHAUSTED.",
+        description="Requests that may wait; of more, some are refused with RESOURCE_EXHAUSTED.",
     )
 
     store: Path = Field(

@@ -12,7 +12,8 @@
 //            that the row sees in part by themselves
 //
 // What a row gets depends on its own keys alone, bit for bit: tiles begin at multiples of kTile,
-// whichever rows share the unit; each line's sums run in the order of the keys; and after each
+// whichever rows share the unit; each line's sums run in the order of the keys, or of
+// every second one; and after each
 // kSplit positions a line's sum is closed and merged into the row's result in ascending order.
 // A long unit's splits can therefore be handed to different threads without a change in the bits.
 

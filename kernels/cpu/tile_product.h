@@ -62,8 +62,8 @@ struct Sums<bf16, M, N, true> {
   }
   Vec total(int m, int n) const { return add(even[m][n], odd[m][n]); }
 
-  // The same pointer. All registers but four hold sums: GCC would load both halves at once, and
-  // spill sums.
+  // The same pointer. Of three lines all registers but four hold sums: GCC would load both halves
+  // at once, and spill sums.
   static const bf16* another(const bf16* p) {
     asm volatile("" : "+r"(p));
     return p;
@@ -72,17 +72,18 @@ struct Sums<bf16, M, N, true> {
 #endif
 
 // Steps of a product between which is counted what has been fetched: counted in each, it is what
-// the steps wait for.
+// the steps wait for. No more than `advance` may pass.
 constexpr int kRound = kTurn;
 
-// Fetches: whether there is something to fetch; with a test for it in each step prefill took 1.1
-// times as long on AVX2.
+// Fetches: whether `fetch` is given; with a test for it in each step prefill took 1.1 times as long
+// on AVX2.
 template <class E, int M, int N, bool Halves, bool Fetches, class Vector>
 MANYLORA_INLINE void product_block(const Hidden<E>* a, int64_t a_stride, const Right<Vector>& b,
                                    int64_t column, const float* keep, float* c, int64_t c_stride,
                                    Fetch* fetch) {
   constexpr int64_t kBytes = N * kStep<E> * static_cast<int64_t>(sizeof(E));
   constexpr int kFetchSteps = kBytes < kFetchBytes ? kFetchBytes / kBytes : 1;
+  static_assert(kRound % kFetchSteps == 0);
   Sums<E, M, N, Halves> sums;
   for (int m = 0; m < M; ++m) {
     for (int n = 0; n < N; ++n) {
@@ -161,7 +162,7 @@ static void product_columns(int64_t lines, int64_t vecs, const Hidden<E>* a, int
 // Each element of c is a sum in an order that depends on `group` alone, of which `lines` are a
 // multiple: where registers are few and lines do not come in fours, the halves of pairs are summed
 // by themselves.
-// fetch: what is brought from memory meanwhile, as many bytes as b has.
+// fetch: what is brought from memory meanwhile, about as many bytes as b has; or null.
 template <class E, class Vector>
 static void product(int64_t group, int64_t lines, int64_t vecs, const Hidden<E>* a,
                     int64_t a_stride, const Right<Vector>& b, const float* keep, float* c,

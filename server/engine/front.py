@@ -156,9 +156,11 @@ class AsyncEngine:
             self._leave(request, outcome)
 
     def _open(self, request: Request) -> Stream:
-        """Hands the request to the engine, which tells of it in the stream."""
+        """Hands the request to the engine, which tells of it in the stream. Raises
+        ResourceExhausted."""
+        make_room(self._streams.values(), self._limit, request.tenant)
         self._engine.put(Submit(request))
-        stream = self._streams[request.id] = Stream(request)
+        stream = self._streams[request.id] = Stream(request, request.tenant)
         self._idle.clear()
         return stream
 
@@ -198,7 +200,6 @@ class AsyncEngine:
         sampling_params.validate(request.sampling, vocab)
         if request.id in self._streams:
             raise InvalidArgument("a request with this id is running", field="id", found=request.id)
-        make_room(self._streams.values(), self._limit, request.tenant)
 
     def _check_types(self, request: Request) -> None:
         types, known = request.token_types, self.info.token_types

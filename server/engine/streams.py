@@ -16,10 +16,11 @@ RETRY_SECONDS = 1.0  # advice to a caller who finds the queue full
 
 @dataclass(slots=True)
 class Stream:
-    """A request and what the engine tells of it. waits: nothing yet. ended: all there is, though
-    it may not have been read."""
+    """A request and what the engine tells of it. waits: nothing yet, though its prompt may be under
+    way. ended: all there is, though it may not have been read."""
 
     request: Request
+    tenant: str
     events: asyncio.Queue[RequestEvent] = field(default_factory=asyncio.Queue)
     waits: bool = True
     ended: bool = False
@@ -32,10 +33,11 @@ class Stream:
 
 
 def make_room(streams: Collection[Stream], limit: int, tenant: str) -> None:
-    """Room for one more request of the tenant's among those that have not ended, at most `limit`.
+    """Room for one more request of the tenant's among those that have not ended, at most `limit`;
+    with those that nobody reads to their end, at most twice as many.
 
-    Where there is none, the tenant that has the most requests gives up the newest of those that
-    wait, if it has more than the caller would: no tenant can keep the others out.
+    Where there is none, a tenant that has more requests than the caller would have gives up the
+    newest of which nothing has come yet: of several such tenants the one that has the most.
 
     Args:
         streams: in the order of arrival.
@@ -46,14 +48,14 @@ def make_room(streams: Collection[Stream], limit: int, tenant: str) -> None:
     if len(streams) < limit:
         return
     open_ = [stream for stream in streams if not stream.ended]
-    if len(open_) < limit:
+    if len(open_) < limit and len(streams) < 2 * limit:
         return
-    held = Counter(stream.request.tenant for stream in open_)
-    giving = [s for s in open_ if s.waits and held[s.request.tenant] > held[tenant] + 1]
+    held = Counter(stream.tenant for stream in open_)
+    giving = [s for s in open_ if s.waits and held[s.tenant] > held[tenant] + 1]
     full = ResourceExhausted(
         "the queue is full", field="requests", found=limit, retry_after=RETRY_SECONDS
     )
-    if not giving:
+    if not giving or len(streams) >= 2 * limit:
         raise full
-    newest = max(reversed(giving), key=lambda stream: held[stream.request.tenant])
+    newest = max(reversed(giving), key=lambda stream: held[stream.tenant])
     newest.put(ErrorEvent(newest.request.id, full))

@@ -122,7 +122,7 @@ class Request:
 
     @property
     def tenant(self) -> str:
-        """Whose adapter it is, the first one's of several; "" for the base, which is nobody's."""
+        """Whose adapter it is, of several the first one's by name; "" for the base, nobody's."""
         return "" if self.adapter is None else self.adapter.label.partition("/")[0]
 
 

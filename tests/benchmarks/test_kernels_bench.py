@@ -82,7 +82,7 @@ def test_both_ways_of_training_compute_the_same() -> None:
 
 @needs_library
 def test_every_call_with_a_bar_is_timed() -> None:
-    assert {"apply_edits_", "write_kv", "paged_attention"} <= call_costs(budget=0).keys()
+    assert {"apply_edits_", "write_kv", "paged_attention"} <= call_costs(budget=0).ours.keys()
 
 
 def test_predictions() -> None:
