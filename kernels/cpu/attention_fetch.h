@@ -23,7 +23,8 @@ struct Fetch {
   // A head's, of keys and of values; few ones more than once, and all once more, since a product
   // takes several at a time, from any one on.
   const char* groups[2 * kTurn];
-  int64_t heads;  // that are left
+  int64_t distinct;  // of keys, and as many of values: the first of kGroups
+  int64_t heads;     // that are left
   int64_t head_bytes, group_bytes;
   int64_t group, offset;  // what is next; when nothing is left, what was last
 };
@@ -56,8 +57,11 @@ MANYLORA_INLINE void advance(Fetch* fetch, int64_t groups) {
 // fetch: null for nothing.
 MANYLORA_INLINE void fetch_bytes(Fetch* fetch, int64_t bytes) {
   if (fetch == nullptr) return;
-  for (; bytes > 0 && fetch->heads > 0; bytes -= kFetchBytes) {
-    fetch_group(fetch, fetch->group);
+  while (bytes > 0 && fetch->heads > 0) {
+    if (fetch->group % kGroups < fetch->distinct) {
+      fetch_group(fetch, fetch->group);
+      bytes -= kFetchBytes;
+    }
     advance(fetch, 1);
   }
 }

@@ -43,7 +43,7 @@ static Fetch fetch_of(const Call& call, const Unit& unit, Span keys) {
   Places places;
   find(call, unit.sequence, unit.head, keys.lo, keys.hi, &places);
   Fetch fetch = {};
-  const int64_t count = places.end - places.first;
+  const int64_t count = fetch.distinct = places.end - places.first;
   for (int64_t i = 0; i < 2 * kTurn; ++i) {
     const void* const cache = i / kGroups % 2 == 0 ? call.k_cache : call.v_cache;
     const int64_t at = places.at[places.first + i % kGroups % count] * kSize;
