@@ -178,6 +178,8 @@ def _widths(layer: DecoderLayer) -> tuple[int, ...]:
     for norm, size in zip(layer.norms, (*[hidden] * 4, *[call.head_dim] * 2), strict=True):
         _check(norm, size)
     block = (call.kv_heads, call.block_size, call.head_dim)
+    if call.dtype != library.DTYPES[torch.bfloat16]:
+        raise ValueError("decoder_layers: found attention of another dtype; wanted bfloat16")
     for cache in (layer.k_cache, layer.v_cache):
         if cache.dtype != torch.bfloat16 or cache.shape[1:] != block or not cache.is_contiguous():
             raise ValueError(

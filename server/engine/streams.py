@@ -47,15 +47,17 @@ def make_room(streams: Collection[Stream], limit: int, tenant: str) -> None:
     """
     if len(streams) < limit:
         return
-    open_ = [stream for stream in streams if not stream.ended]
-    if len(open_) < limit and len(streams) < 2 * limit:
-        return
-    held = Counter(stream.tenant for stream in open_)
-    giving = [s for s in open_ if s.waits and held[s.tenant] > held[tenant] + 1]
     full = ResourceExhausted(
         "the queue is full", field="requests", found=limit, retry_after=RETRY_SECONDS
     )
-    if not giving or len(streams) >= 2 * limit:
+    if len(streams) >= 2 * limit:
+        raise full
+    open_ = [stream for stream in streams if not stream.ended]
+    if len(open_) < limit:
+        return
+    held = Counter(stream.tenant for stream in open_)
+    giving = [s for s in open_ if s.waits and held[s.tenant] > held[tenant] + 1]
+    if not giving:
         raise full
     newest = max(reversed(giving), key=lambda stream: held[stream.tenant])
     newest.put(ErrorEvent(newest.request.id, full))

@@ -64,6 +64,10 @@ def _with_bias(bias: torch.Tensor) -> cpu.DecoderLayer:
     return replace(made, projections=[first, *made.projections[1:]])
 
 
+def _with_attention(cache: torch.Tensor) -> cpu.DecoderLayer:
+    return replace(layer(), attention=attention.layer(HEADS, cache, cache, scale=1.0))
+
+
 def _with_norm(place: int, norm: torch.Tensor) -> cpu.DecoderLayer:
     made = layer()
     return replace(made, norms=[norm if i == place else n for i, n in enumerate(made.norms)])
@@ -78,6 +82,8 @@ def _with_norm(place: int, norm: torch.Tensor) -> cpu.DecoderLayer:
         lambda: _with_norm(1, torch.ones(HIDDEN + 1, dtype=torch.bfloat16)),
         lambda: _with_norm(4, torch.ones(2 * HEAD_DIM, dtype=torch.bfloat16)[::2]),
         lambda: replace(layer(), k_cache=layer().k_cache.transpose(1, 2)),
+        lambda: replace(layer(), v_cache=layer().v_cache.float()),
+        lambda: _with_attention(torch.zeros(1, KV_HEADS, BLOCK, HEAD_DIM)),
     ],
 )
 def test_vectors_and_caches_that_do_not_fit(broken: Callable[[], cpu.DecoderLayer]) -> None:
